@@ -1,0 +1,237 @@
+"""The speed of light of a training step: its large GEMMs and attention calls, and nothing else.
+
+    python benchmarks/floor.py --model llama-8b --batch 4 --seq 2048 --checkpointing --json benchmarks/results/h200.json
+
+Every large GEMM and attention call of the step, each at the best time that PyTorch's own libraries give for its shape
+(cuBLAS or cuBLASLt, projections of one input stacked or apart; cuDNN or FlashAttention, two layouts), with a full
+recompute of each layer under checkpointing. No norm, no LoRA, no element-wise pass, no optimizer. Frozen weights need
+no dW; `--mode full` adds them. Real work can go below: the recompute does not need the layer's last GEMM (printed too).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import report
+from shapes import SHAPES, Case, Shape
+
+Call = Callable[[], object]
+
+
+class Part(NamedTuple):
+    """One kind of work in a step: `ms` for one call, `calls` of them."""
+
+    name: str
+    calls: int
+    ms: float
+    flops: float
+    best: str
+
+
+def time_ms(calls: list[Call], device: str) -> float:
+    """Milliseconds of one call, the median of several rounds over `calls`.
+
+    The calls differ in their operands only: together these do not fit in the cache, as the weights of a model's layers
+    do not. On a GPU the clock is the device's, and the host enqueues everything while the device sleeps, so that small
+    calls are not charged with their launch.
+    """
+    import torch
+
+    if device == "cpu":
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        return 1e3 * (time.perf_counter() - start) / len(calls)
+
+    def round_ms(n: int) -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(10_000_000)  # cycles: about 5 ms
+        begin.record()
+        for i in range(n):
+            calls[i % len(calls)]()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / n
+
+    first = round_ms(2 * len(calls))
+    n = min(max(math.ceil(40 / first), len(calls)), 60)
+    return statistics.median(round_ms(n) for _ in range(5))
+
+
+def copies(bytes_each: int, device: str) -> int:
+    """How many operands of that size are more than twice the last-level cache."""
+    import torch
+
+    if device == "cpu":
+        return 1
+    return max(2, math.ceil(2.5 * torch.cuda.get_device_properties(0).L2_cache_size / bytes_each))
+
+
+class Gemms:
+    """Times C[m, n] = A[m, k] B[k, n] in bf16, each shape once."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._known: dict[tuple[int, int, int, str], tuple[float, str]] = {}
+
+    def best(self, m: int, k: int, n: int, layout: str) -> tuple[float, str]:
+        """Milliseconds and library. `layout`: "nt" for a forward (B is a weight [n, k]), "nn" for dX, "tn" for dW."""
+        import torch
+
+        key = (m, k, n, layout)
+        if key in self._known:
+            return self._known[key]
+
+        def operand(rows: int, columns: int, transposed: bool) -> Any:
+            size = (columns, rows) if transposed else (rows, columns)
+            tensor = torch.randn(size, device=self.device, dtype=torch.bfloat16)
+            return tensor.t() if transposed else tensor
+
+        calls: list[Call] = []
+        for _ in range(copies(2 * (m * k + k * n), self.device)):
+            a, b = operand(m, k, layout == "tn"), operand(k, n, layout == "nt")
+            out = torch.empty(m, n, device=self.device, dtype=torch.bfloat16)
+            calls.append(partial(torch.mm, a, b, out=out))
+        if self.device == "cpu":
+            found = [(time_ms(calls, self.device), "cpu")]
+        else:
+            found = []
+            for library in ("cublas", "cublaslt"):
+                torch.backends.cuda.preferred_blas_library(library)
+                found.append((time_ms(calls, self.device), library))
+            torch.backends.cuda.preferred_blas_library("default")
+        self._known[key] = min(found)
+        return self._known[key]
+
+    def siblings(self, t: int, k: int, widths: list[int], layout: str) -> tuple[float, str]:
+        """Projections of one input [t, k] to `widths`: stacked into one GEMM or apart, whichever is faster."""
+
+        def shape(n: int) -> tuple[int, int, int]:
+            return {"nt": (t, k, n), "nn": (t, n, k), "tn": (n, t, k)}[layout]
+
+        stacked = self.best(*shape(sum(widths)), layout)
+        if len(widths) == 1:
+            return stacked
+        apart = sum(self.best(*shape(n), layout)[0] for n in widths)
+        return min((stacked[0], f"stacked, {stacked[1]}"), (apart, "apart"))
+
+
+def attention(shape: Shape, batch: int, seq: int, device: str) -> dict[str, tuple[float, str]]:
+    """Best causal attention, forward and backward: milliseconds and what gave them."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION] if device == "cuda" else [SDPBackend.MATH]
+    found: dict[str, list[tuple[float, str]]] = {"forward": [], "backward": []}
+    for layout in ("[B,S,H,D]", "[B,H,S,D]"):
+
+        def operand(heads: int, layout: str = layout) -> Any:
+            swap = layout == "[B,S,H,D]"
+            size = (batch, seq, heads, shape.head_dim) if swap else (batch, heads, seq, shape.head_dim)
+            tensor = torch.randn(size, device=device, dtype=torch.bfloat16)
+            return (tensor.transpose(1, 2) if swap else tensor).requires_grad_()
+
+        q, k, v = operand(shape.heads), operand(shape.kv_heads), operand(shape.kv_heads)
+        forward = partial(scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True)
+        for backend in backends:
+            name = f"{backend.name.split('_')[0].lower()} {layout}"
+            with sdpa_kernel(backend):
+                try:
+                    out = forward()
+                except RuntimeError as error:  # this backend does not take this case
+                    print(f"  {name}: {str(error).splitlines()[0]}", file=sys.stderr)
+                    continue
+                backward = partial(torch.autograd.grad, out, (q, k, v), torch.randn_like(out), retain_graph=True)
+                with torch.no_grad():
+                    found["forward"].append((time_ms([forward] * 4, device), name))
+                found["backward"].append((time_ms([backward] * 4, device), name))
+    return {way: min(times) for way, times in found.items()}
+
+
+def measure(case: Case) -> list[Part]:
+    """All parts of a step of `case`."""
+    shape, t = SHAPES[case.model], case.batch * case.seq
+    layers = case.layers or shape.layers
+    gemms = Gemms(case.device)
+    groups = {
+        "qkv": (shape.hidden, [shape.heads * shape.head_dim] + 2 * [shape.kv_heads * shape.head_dim]),
+        "o": (shape.heads * shape.head_dim, [shape.hidden]),
+        "gate_up": (shape.hidden, 2 * [shape.intermediate]),
+        "down": (shape.intermediate, [shape.hidden]),
+        "lm_head": (shape.hidden, [shape.vocab]),
+    }
+    runs = 2 if case.checkpointing else 1
+    parts = []
+    for name, (k, widths) in groups.items():
+        count = 1 if name == "lm_head" else layers
+        forwards = count if name == "lm_head" else runs * layers
+        flops = 2.0 * t * k * sum(widths)
+        parts.append(Part(f"{name} forward", forwards, *_timed(gemms.siblings(t, k, widths, "nt"), flops)))
+        parts.append(Part(f"{name} dX", count, *_timed(gemms.siblings(t, k, widths, "nn"), flops)))
+        if case.mode == "full":
+            parts.append(Part(f"{name} dW", count, *_timed(gemms.siblings(t, k, widths, "tn"), flops)))
+    # two GEMMs over the lower triangle forward, five backward
+    flops = 2.0 * case.batch * shape.heads * case.seq**2 * shape.head_dim
+    for way, found in attention(shape, case.batch, case.seq, case.device).items():
+        count = runs * layers if way == "forward" else layers
+        parts.append(Part(f"attention {way}", count, *_timed(found, flops if way == "forward" else 2.5 * flops)))
+    return parts
+
+
+def _timed(found: tuple[float, str], flops: float) -> tuple[float, float, str]:
+    return found[0], flops, found[1]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-8b", choices=[n for n, s in SHAPES.items() if not s.experts])
+    parser.add_argument("--mode", default="lora", choices=["lora", "full"])
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--seq", type=int, default=2048)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--layers", type=int, help="only so many decoder layers")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--json", help="results file to append to")
+    options = parser.parse_args(argv)
+    window = SHAPES[options.model].sliding_window
+    if window and options.seq > window:
+        parser.error(
+            f"--seq {options.seq} is beyond the model's attention window of {window}: its floor is not known here"
+        )
+    case = Case(
+        options.model, options.mode, options.batch, options.seq, options.checkpointing,
+        layers=options.layers, device=options.device,
+    )  # fmt: skip
+    parts = measure(case)
+    total = sum(part.calls * part.ms for part in parts)
+    down = next(part for part in parts if part.name == "down forward")
+    less = (case.layers or SHAPES[case.model].layers) * down.ms if case.checkpointing else 0.0
+    print(report.floor_title(case))
+    for part in parts:
+        rate = part.flops / part.ms / 1e9
+        print(f"  {part.name:20s} {part.calls:4d} x {1e3 * part.ms:8.1f} us  {rate:6.1f} TFLOP/s  {part.best}")
+    print(f"  floor {total:.1f} ms; without the recompute's last GEMM {total - less:.1f} ms")
+    if options.json:
+        path = Path(options.json)
+        results = report.load_results(path)
+        results["floors"].append({
+            "title": report.floor_title(case), "total_ms": total, "without_last_gemm_ms": total - less,
+            "parts": [part._asdict() for part in parts], "date": datetime.date.today().isoformat(),
+            **report.environment(case.device),
+        })  # fmt: skip
+        report.save_results(path, results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,358 @@
+"""The results files of the benchmarks: written, compared with stock, and turned into README's tables and one figure.
+
+    python benchmarks/report.py            rewrites the tables of README.md and benchmarks/results/ladder.png
+    python benchmarks/report.py --check    exit status 1 if README.md is not what the results say
+
+A results file is `{"rows": [...], "floors": [...]}`: a row an arm (`train_step.py`), a floor a case (`floor.py`). In
+the README everything between `<!-- results:begin NAME -->` and `<!-- results:end NAME -->` is generated; NAME is one
+of `TABLES`. Speeds are only compared within one run: a case is shown by its newest run that has a stock row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from shapes import Case
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = {"stock": "stock", "fast": "fast_unsloth_patch", "liger": "Liger", "unsloth": "Unsloth"}
+DISTRIBUTIONS = (
+    "torch", "triton", "transformers", "peft", "accelerate", "wrapt", "liger-kernel", "unsloth", "unsloth_zoo"
+)  # fmt: skip
+# Largest relative difference from stock: of the loss of any step, of the gradient norm of the first step, and of any
+# step. fp32 starts at the contract's 1e-5 and has room for what AdamW amplifies later: where a gradient is rounding
+# noise, the update is its sign. The loss itself moves by tens of per cent. Dropout draws other masks in each arm.
+TOLERANCE = {"fp32": (1e-4, 1e-5, 1e-2), "bf16": (3e-3, 1e-2, 5e-2), "fp16": (3e-3, 1e-2, 5e-2)}
+DROPOUT_TOLERANCE = (1e-2, 5e-2, 2e-1)
+
+Row = dict[str, Any]
+
+
+def load_results(path: Path) -> dict[str, list[Row]]:
+    """The results file, empty if there is none yet. What other benchmarks keep in it is carried along."""
+    return {"rows": [], "floors": []} | (json.loads(path.read_text()) if path.exists() else {})
+
+
+def save_results(path: Path, results: dict[str, list[Row]]) -> None:
+    """Writes the file in one step, so that a run that is killed loses nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def environment(device: str) -> dict[str, Any]:
+    """The device's name and the versions of all that takes part; imports torch."""
+    import torch
+
+    versions = {"python": sys.version.split()[0], "cuda": torch.version.cuda}
+    for name in DISTRIBUTIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    if device != "cuda":
+        return {"device": "CPU", "versions": versions}
+    versions["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {"device": torch.cuda.get_device_name(), "versions": versions}
+
+
+def commit() -> str | None:
+    """The checkout's commit, None where there is no git (on a machine that was sent the files alone)."""
+    return _output("git", "-C", str(ROOT), "describe", "--always", "--dirty")
+
+
+def source_digest() -> str:
+    """Names the measured code also where there is no git."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "fast_unsloth_patch").rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def largest_difference(ours: list[float], stock: list[float]) -> float:
+    """The largest relative difference of two series; a NaN in one of them never passes for agreement."""
+    differences = [abs(a - b) / max(abs(b), 1e-12) for a, b in zip(ours, stock)]
+    return float("inf") if any(d != d for d in differences) else max(differences)
+
+
+def parity(row: Row, stock: Row, case: Case) -> Row:
+    """How far a row's losses and gradient norms are from stock's, and whether that is within `TOLERANCE`."""
+    loss, first, later = DROPOUT_TOLERANCE if case.dropout else TOLERANCE[case.dtype]
+    found: Row = {
+        "loss_max": largest_difference(row["losses"], stock["losses"]),
+        "grad_norm_first": largest_difference(row["grad_norms"][:1], stock["grad_norms"][:1]),
+        "grad_norm_max": largest_difference(row["grad_norms"], stock["grad_norms"]),
+        "against": stock["run"],
+    }
+    agrees = found["loss_max"] <= loss and found["grad_norm_first"] <= first and found["grad_norm_max"] <= later
+    return found | {"ok": agrees}
+
+
+def console_table(rows: list[Row]) -> str:
+    """What `train_step.py` prints last: one line an arm, parity beside speed."""
+    head = ("", "step ms", "min-max", "tokens/s", "alloc", "resv GiB", "1st s", "3 steps", "loss diff", "grad diff", "")
+    lines: list[tuple[str, ...]] = [head]
+    for row in rows:
+        if row["status"] != "ok":
+            lines.append((row["label"], f"{row['status']}: {row['reason'].splitlines()[0][:90]}"))
+            continue
+        ms, found = row["step_ms"], row.get("parity")
+        lines.append((
+            row["label"], f"{ms['median']:.1f}", f"{ms['min']:.1f}-{ms['max']:.1f}", f"{row['tokens_per_s']:.0f}",
+            f"{row['allocated_gib']:.2f}" if "allocated_gib" in row else "-",
+            f"{row['reserved_gib']:.2f}" if "reserved_gib" in row else "-",
+            f"{row['first_step_s']:.1f}", f"{row['first_three_s']:.1f}",
+            f"{found['loss_max']:.1e}" if found else "-", f"{found['grad_norm_max']:.1e}" if found else "-",
+            "-" if not found else "ok" if found["ok"] else "OFF",
+        ))  # fmt: skip
+    full = [line for line in lines if len(line) == len(head)]
+    widths = [max(len(line[i]) for line in (lines if i == 0 else full)) for i in range(len(head))]
+    texts = []
+    for line in lines:
+        cells = [line[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]
+        texts.append("  ".join(cells).rstrip())
+    return "\n".join(texts)
+
+
+def _case(row: Row) -> Case:
+    return Case(**row["case"])
+
+
+def _runs(document: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    """Title of a case -> the rows of its newest run that has a stock row; the later of two rows of one label counts."""
+    runs: dict[str, dict[str, dict[tuple[str, bool], Row]]] = {}
+    for row in document["rows"]:
+        key = row["label"], row.get("cold", False)
+        runs.setdefault(_case(row).title(), {}).setdefault(row["run"], {})[key] = row
+    newest = {}
+    for title, of_case in runs.items():
+        for rows in of_case.values():
+            if any(r["impl"] == "stock" and r["status"] == "ok" for r in rows.values()):
+                newest[title] = list(rows.values())
+    return newest
+
+
+def _warm(rows: list[Row]) -> list[Row]:
+    """One row a label: where an arm ran with cold caches too, the warm row."""
+    ordered = sorted(rows, key=lambda row: not row.get("cold", False))
+    return list({row["label"]: row for row in ordered}.values())
+
+
+def _floor(document: dict[str, list[Row]], case: Case) -> Row | None:
+    same = [f for f in document["floors"] if f["title"] == floor_title(case)]
+    return same[-1] if same else None
+
+
+def floor_title(case: Case) -> str:
+    """What a floor belongs to: neither dropout nor the step count changes it."""
+    return Case(case.model, case.mode, case.batch, case.seq, case.checkpointing, layers=case.layers).title()
+
+
+def _shown(row: Row) -> str:
+    """An arm's name for readers."""
+    label: str = row["label"]
+    return NAMES.get(label, label)
+
+
+def _numbers(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    if row["status"] != "ok":
+        return row["status"]
+    memory = f", {row['allocated_gib']:.1f} GiB" if "allocated_gib" in row else ""
+    off = "" if row.get("parity", {"ok": True})["ok"] else " (loss differs)"
+    return f"{row['step_ms']['median']:.0f} ms{memory}{off}"
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def _steps(document: dict[str, list[Row]]) -> str:
+    rows = []
+    for title, found in _runs(document).items():
+        plain = {r["impl"]: r for r in _warm(found) if r["label"] == r["impl"]}
+        floor = _floor(document, _case(found[0]))
+        cells = [_numbers(plain.get(impl)) for impl in NAMES]
+        rows.append([title, *cells, f"{floor['total_ms']:.0f} ms" if floor else "-"])
+    return _markdown(["batch x sequence", *NAMES.values(), "floor"], rows) if rows else ""
+
+
+def _parity(document: dict[str, list[Row]]) -> str:
+    rows = []
+    for title, found in _runs(document).items():
+        for row in _warm(found):
+            if row["impl"] == "stock" or "parity" not in row or row["label"] != row["impl"]:
+                continue
+            p = row["parity"]
+            shown = [f"{p[key]:.1e}" for key in ("loss_max", "grad_norm_first", "grad_norm_max")]
+            rows.append([title, NAMES[row["impl"]], *shown])
+    head = ["case", "", "loss, any step", "gradient norm, first step", "gradient norm, any step"]
+    return _markdown(head, rows) if rows else ""
+
+
+def _start(document: dict[str, list[Row]]) -> str:
+    rows = []
+    for title, found in _runs(document).items():
+        cold = {r["impl"]: r for r in found if r.get("cold") and r["status"] == "ok" and r["label"] == r["impl"]}
+        if cold:
+            rows.append([title, *(f"{cold[i]['first_three_s']:.1f} s" if i in cold else "-" for i in NAMES)])
+    return _markdown(["first three steps, nothing compiled yet", *NAMES.values()], rows) if rows else ""
+
+
+def _host(document: dict[str, list[Row]]) -> str:
+    rows: list[list[str]] = []
+    for title, found in _runs(document).items():
+        for row in _warm(found):
+            if "host" in row:
+                cells = [f"{row['host'][f'{way}_us_per_layer']:.0f} us" for way in ("forward", "backward")]
+                rows.append([title, _shown(row), *cells])
+    return _markdown(["case", "", "forward, a layer", "backward with recompute, a layer"], rows) if rows else ""
+
+
+def ladder_rows(document: dict[str, list[Row]]) -> tuple[str, list[Row]] | None:
+    """Title and rows of the newest ladder: stock, peers, then the rungs from the lowest to the whole library."""
+    ladders = [(t, rows) for t, rows in _runs(document).items() if any(r["arm"].get("rung") for r in rows)]
+    if not ladders:
+        return None
+    title, rows = ladders[-1]
+    order = {"stock": 0, "liger": 1, "unsloth": 2, "fast": 1000}
+    done = [r for r in _warm(rows) if r["status"] == "ok"]
+    return title, sorted(done, key=lambda r: 10 + r["arm"]["rung"] if r["arm"].get("rung") else order[r["impl"]])
+
+
+def _ladder(document: dict[str, list[Row]]) -> str:
+    found = ladder_rows(document)
+    if not found:
+        return ""
+    title, rows = found
+    cells = [[_shown(r), *_numbers(r).partition(", ")[::2]] for r in rows]
+    floor = _floor(document, _case(rows[0]))
+    if floor:
+        cells.append(["floor", f"{floor['total_ms']:.0f} ms", "-"])
+    return _markdown([title, "step", "peak allocated"], cells)
+
+
+TABLES: dict[str, Callable[[dict[str, list[Row]]], str]] = {
+    "steps": _steps, "parity": _parity, "start": _start, "host": _host, "ladder": _ladder
+}  # fmt: skip
+
+
+def _provenance(document: dict[str, list[Row]]) -> str:
+    """Device, versions, dates and commits of all rows shown."""
+    rows = [r for found in _runs(document).values() for r in found if r["status"] == "ok"]
+    versions: dict[str, str] = {}
+    for row in rows:
+        versions |= {name: v for name, v in row["versions"].items() if v}
+    dates = sorted({r["date"] for r in rows})
+    commits = sorted({r["commit"] or r["source"] for r in rows if r["impl"] == "fast"})
+    span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"{rows[0]['device']}, {span}, {listed}" + (f"; commit {', '.join(commits)}" if commits else "")
+
+
+def render(name: str, documents: list[dict[str, list[Row]]]) -> str:
+    """The Markdown of one table, a part for each results file that has something to show."""
+    parts = []
+    for document in documents:
+        text = TABLES[name](document)
+        if text:
+            parts.append(f"{text}\n\n<sub>{_provenance(document)}</sub>")
+    return "\n\n".join(parts) or "No results recorded yet."
+
+
+def update(readme: str, documents: list[dict[str, list[Row]]]) -> str:
+    """`readme` with every generated part rewritten.
+
+    Raises:
+        ValueError: a marker names no table, or has no end.
+    """
+    for name in re.findall(r"<!-- results:begin (\S+) -->", readme):
+        if name not in TABLES:
+            raise ValueError(f"README asks for results {name!r}; known are {', '.join(TABLES)}")
+        begin, end = f"<!-- results:begin {name} -->", f"<!-- results:end {name} -->"
+        before, _, rest = readme.partition(begin)
+        if end not in rest:
+            raise ValueError(f"README has {begin} without {end}")
+        after = rest.partition(end)[2]
+        readme = f"{before}{begin}\n{render(name, documents)}\n{end}{after}"
+    return readme
+
+
+def draw_ladder(document: dict[str, list[Row]], path: Path) -> bool:
+    """The ladder as bars, time and memory side by side; False if there is no ladder in the results."""
+    found = ladder_rows(document)
+    if not found:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    title, rows = found
+    colours = {"stock": "#8c8c8c", "liger": "#c9a227", "unsloth": "#b5651d", "fast": "#1f6f8b"}
+    bars = [colours[r["impl"]] for r in rows]
+    labels = [_shown(r) for r in rows]
+    values = {
+        "step, ms": [r["step_ms"]["median"] for r in rows],
+        "peak allocated, GiB": [r.get("allocated_gib", 0.0) for r in rows],
+    }
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.9 + 0.38 * len(rows)), sharey=True, layout="constrained")
+    for axis, (unit, numbers) in zip(axes, values.items()):
+        drawn = axis.barh(labels, numbers, color=bars)
+        axis.bar_label(drawn, fmt="%.0f" if "ms" in unit else "%.1f", padding=3)
+        axis.margins(x=0.12)
+        axis.set_xlabel(unit)
+        axis.spines[["top", "right"]].set_visible(False)
+    floor = _floor(document, _case(rows[0]))
+    if floor:
+        axes[0].axvline(floor["total_ms"], color="black", linestyle=":", label="floor")
+        axes[0].legend(frameon=False)
+    axes[0].invert_yaxis()
+    figure.suptitle(f"{title} ({rows[0]['device']})")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return True
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of *.json")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if README is out of date")
+    options = parser.parse_args(argv)
+    documents = [load_results(path) for path in sorted(options.results.glob("*.json"))]
+    readme = options.readme.read_text()
+    wanted = update(readme, documents)
+    if options.check:
+        if wanted != readme:
+            print(f"{options.readme} is out of date: run python benchmarks/report.py", file=sys.stderr)
+        return int(wanted != readme)
+    options.readme.write_text(wanted)
+    for document in documents:
+        if draw_ladder(document, options.results / "ladder.png"):
+            break
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,312 @@
+"""Model shapes of the benchmarks, the cases measured in them, and the model that each implementation trains.
+
+The shapes are those of the published models; nothing is downloaded. `fill_weights` gives every implementation the same
+weights, so that their losses can be compared step by step: each value depends on nothing but the parameter's name.
+Importing this file loads no torch, so that the driver and `report.py` start at once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# told when a part of the set-up is over
+Done = Callable[[str], None]
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LORA_RANK = 16
+LORA_ALPHA = 32
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What fixes the cost of a training step of one decoder-only model."""
+
+    title: str
+    family: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool = False
+    rope_theta: float = 10000.0
+    sliding_window: int | None = None
+    experts: int = 0
+    experts_per_token: int = 0
+
+
+SHAPES = {
+    # Llama-3.2-1B, Meta-Llama-3-8B, Mistral-7B-v0.1, Mixtral-8x7B-v0.1
+    "llama-1b": Shape("Llama-1B", "llama", 2048, 8192, 16, 32, 8, 64, 128256, tied=True, rope_theta=5e5),
+    "llama-8b": Shape("Llama-8B", "llama", 4096, 14336, 32, 32, 8, 128, 128256, rope_theta=5e5),
+    "mistral-7b": Shape("Mistral-7B", "mistral", 4096, 14336, 32, 32, 8, 128, 32000, sliding_window=4096),
+    "mixtral-8x7b": Shape(
+        "Mixtral-8x7B", "mixtral", 4096, 14336, 32, 32, 8, 128, 32000, rope_theta=1e6, experts=8, experts_per_token=2
+    ),
+    # for the smoke tests on a CPU
+    "tiny": Shape("Tiny", "llama", 64, 128, 2, 4, 2, 16, 512),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training set-up; what all arms of a comparison share."""
+
+    model: str = "llama-8b"
+    mode: str = "lora"
+    batch: int = 4
+    seq: int = 2048
+    checkpointing: bool = False
+    dropout: float = 0.0
+    layers: int | None = None
+    dtype: str = "bf16"
+    steps: int = 8
+    warmup: int = 3
+    device: str = "cuda"
+
+    def title(self) -> str:
+        shape = SHAPES[self.model]
+        parts = [f"{shape.title} {'LoRA' if self.mode == 'lora' else 'full fine-tune'}, {self.batch}x{self.seq}"]
+        if self.layers:
+            parts.append(f"{self.layers} of {shape.layers} layers")
+        parts.append("checkpointing" if self.checkpointing else "no checkpointing")
+        if self.dropout:
+            parts.append(f"dropout {self.dropout}")
+        if self.dtype != "bf16":
+            parts.append(self.dtype)
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One implementation of a case. `rung` places it on the ladder; `env` is added to its process's environment."""
+
+    impl: str
+    label: str = ""
+    only: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    recompute: str = "full"
+    unsloth_gc: str = "true"
+    rung: int | None = None
+    env: dict[str, str] = field(default_factory=dict)
+
+    def name(self) -> str:
+        return self.label or self.impl
+
+
+def config(name: str, layers: int | None = None) -> Any:
+    """The transformers configuration of a shape, with `layers` decoder layers (default: all of the model's)."""
+    from transformers import AutoConfig
+
+    shape = SHAPES[name]
+    values: dict[str, Any] = {
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": layers or shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "vocab_size": shape.vocab,
+        "tie_word_embeddings": shape.tied,
+        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
+        "max_position_embeddings": 131072,
+        "use_cache": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if shape.family != "llama":
+        values["sliding_window"] = shape.sliding_window
+    if shape.experts:
+        values |= {"num_local_experts": shape.experts, "num_experts_per_tok": shape.experts_per_token}
+    return AutoConfig.for_model(shape.family, **values)
+
+
+def build(name: str, *, layers: int | None, dtype: Any, device: str) -> Any:
+    """A causal language model of that shape, made directly on `device` (8B parameters in about a second on a GPU)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config(name, layers), dtype=dtype, attn_implementation="sdpa")
+
+
+def add_lora(model: Any, *, dropout: float, device: str) -> Any:
+    """`model` with PEFT's LoRA on all seven projections; the adapters are fp32, PEFT's default."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=LORA_RANK,
+        lora_alpha=LORA_ALPHA,
+        lora_dropout=dropout,
+        target_modules=list(LORA_TARGETS),
+        task_type="CAUSAL_LM",
+    )
+    with torch.device(device):
+        return get_peft_model(model, lora)
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's name without what PEFT puts round it, so that every implementation agrees on it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".default.", ".")
+
+
+def fill_weights(model: Any, seed: int = 0) -> None:
+    """Overwrites every parameter with random values that depend on `seed` and its canonical name only.
+
+    Matrices N(0, 0.02); norm weights 1 + N(0, 0.1); lora_A N(0, 1/(3K)), the variance of PEFT's own initialisation for
+    K inputs; lora_B N(0, 0.005), not zero, so that the gradients of lora_A are exercised from the first step.
+    Drawn in fp32 and rounded once to the parameter's dtype.
+    """
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            key = canonical_name(name)
+            generator = torch.Generator(parameter.device)
+            generator.manual_seed(zlib.crc32(key.encode()) + seed)
+            values = torch.randn(parameter.shape, generator=generator, device=parameter.device, dtype=torch.float32)
+            if "norm" in key:
+                values = values.mul_(0.1).add_(1.0)
+            elif "lora_A" in key:
+                values = values.mul_((3 * parameter.shape[-1]) ** -0.5)
+            else:
+                values = values.mul_(0.005 if "lora_B" in key else 0.02)
+            parameter.copy_(values)
+
+
+def text_tokens(vocab: int, count: int) -> list[int]:
+    """`count` tokens of real text: the words of the standard library's help topics, hashed into the vocabulary.
+
+    Real text because its loss falls: two implementations that agree on it agree on something that moves, and frequent
+    words repeat as they do in training data. The text is repeated when it is too short (about 140,000 tokens).
+    """
+    from pydoc_data.topics import topics
+
+    words = re.findall(r"\w+|[^\w\s]|\n", "\n".join(topics[key] for key in sorted(topics)))
+    ids = [zlib.crc32(word.encode()) % vocab for word in words]
+    return (ids * (count // len(ids) + 1))[:count]
+
+
+def write_hollow_checkpoint(name: str, folder: Path, *, layers: int | None) -> None:
+    """A bf16 checkpoint folder in that shape, for libraries that can only load a model from disk.
+
+    The weights file is a real safetensors header followed by a hole: it takes no disk space and no time to write, and
+    reads as zeros. `fill_weights` must follow the loading. The tokenizer is a byte-level one with no merges.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    cfg = config(name, layers)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(cfg, dtype=torch.bfloat16)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, tensor in model.state_dict().items():
+        if key == "lm_head.weight" and cfg.tie_word_embeddings:
+            continue
+        start, end = end, end + 2 * tensor.numel()
+        header[key] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + end)
+    cfg.architectures = [type(model).__name__]
+    cfg.dtype = torch.bfloat16
+    cfg.save_pretrained(folder)
+
+    # ids 1 and 2 are the configuration's bos and eos
+    special = ["<unk>", "<s>", "</s>", "<pad>"]
+    alphabet = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+
+
+def _model(case: Case, done: Done) -> Any:
+    """The stock model of a case, as a script would make it."""
+    import torch
+    import transformers  # noqa: F401
+
+    if case.mode == "lora":
+        import peft  # noqa: F401
+    done("import")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[case.dtype]
+    model = build(case.model, layers=case.layers, dtype=dtype, device=case.device)
+    if case.mode == "lora":
+        model = add_lora(model, dropout=case.dropout, device=case.device)
+    if case.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _stock(case: Case, arm: Arm, done: Done) -> Any:
+    return _model(case, done)
+
+
+def _fast(case: Case, arm: Arm, done: Done) -> Any:
+    import fast_unsloth_patch
+
+    fast_unsloth_patch.apply(only=arm.only, exclude=arm.exclude, recompute=arm.recompute)
+    return _model(case, done)
+
+
+def _liger(case: Case, arm: Arm, done: Done) -> Any:
+    import liger_kernel.transformers as liger
+
+    getattr(liger, f"apply_liger_kernel_to_{SHAPES[case.model].family}")()
+    return _model(case, done)
+
+
+def _unsloth(case: Case, arm: Arm, done: Done) -> Any:
+    """Unsloth by its public calls. It only loads models from disk, so it is given a checkpoint that is a hole."""
+    import torch
+    import unsloth
+
+    done("import")
+    folder = Path.cwd() / f"hollow-{case.model}-{case.layers or 'all'}"
+    write_hollow_checkpoint(case.model, folder, layers=case.layers)
+    done("hollow checkpoint")
+    checkpointing: bool | str = case.checkpointing and (arm.unsloth_gc == "unsloth" and "unsloth" or True)
+    model, _ = unsloth.FastLanguageModel.from_pretrained(
+        model_name=str(folder),
+        max_seq_length=case.seq,
+        dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[case.dtype],
+        load_in_4bit=False,
+        full_finetuning=case.mode == "full",
+        use_gradient_checkpointing=checkpointing,
+        local_files_only=True,
+    )
+    done("load")
+    if case.mode == "lora":
+        model = unsloth.FastLanguageModel.get_peft_model(
+            model,
+            r=LORA_RANK,
+            lora_alpha=LORA_ALPHA,
+            lora_dropout=case.dropout,
+            target_modules=list(LORA_TARGETS),
+            bias="none",
+            use_gradient_checkpointing=checkpointing,
+            random_state=0,
+            max_seq_length=case.seq,
+        )
+    return model
+
+
+SETUPS: dict[str, Callable[[Case, Arm, Done], Any]] = {
+    "stock": _stock, "fast": _fast, "liger": _liger, "unsloth": _unsloth
+}  # fmt: skip

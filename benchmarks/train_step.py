@@ -1,0 +1,457 @@
+"""Whole training steps: stock Hugging Face, this library and its peers, each in its own process, parity beside speed.
+
+    python benchmarks/train_step.py --impl stock,fast,liger,unsloth --model llama-8b --mode lora --batch 4 --seq 2048 \
+        --checkpointing --json benchmarks/results/h200.json
+    python benchmarks/train_step.py --plan PLAN.json --json OUT
+
+The setting is that of PERFORMANCE.md: random weights in the real model's shape, the same in every implementation
+(`shapes.fill_weights`); autocast; fp32 LoRA adapters r=16 on all seven projections, or every weight in full mode; fused
+AdamW; gradients clipped to norm 1; a new batch of real text each step; the median of `--steps` steps after `--warmup`,
+the device synchronised at each step's end, as Trainer's own NaN filter does.
+
+A plan is `{"defaults": {...}, "cases": [{...}]}`. A case has the fields of `Case` and `impls`, each a name or the
+fields of `Arm`: `{"impl": "fast", "label": "norms", "only": ["llama.rms_norm"], "rung": 1}` is a rung of the ladder.
+Rows are appended to the JSON file as soon as they exist. The exit status is 1 if stock or fast failed, if their losses
+or gradient norms disagree, or if fast patched nothing; a peer that is absent, fails or disagrees is only reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import datetime
+import importlib.util
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import report
+import shapes
+from shapes import Arm, Case
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+PACKAGES = {"fast": "fast_unsloth_patch", "liger": "liger_kernel", "unsloth": "unsloth"}
+LEARNING_RATE = {"lora": 2e-4, "full": 1e-5}
+
+
+class _Phases:
+    """Seconds of each part of the worker's life, said as they pass."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def done(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = round(now - self._last, 3)
+        self._last = now
+        print(f"> {name} {self.seconds[name]:.1f} s", flush=True)
+
+
+class _Trainer:
+    """The training loop of a case: forward, backward, clip, AdamW; losses and norms stay on the device."""
+
+    def __init__(self, model: Any, case: Case) -> None:
+        import torch
+
+        self.model, self.case = model, case
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE[case.mode], weight_decay=0.0, fused=True)
+        self.scaler = torch.amp.GradScaler(case.device, enabled=case.dtype == "fp16")
+        self.losses: list[Any] = []
+        self.grad_norms: list[Any] = []
+        count = case.warmup + case.steps
+        vocab = shapes.SHAPES[case.model].vocab
+        ids = torch.tensor(shapes.text_tokens(vocab, count * case.batch * case.seq))
+        self.batches = ids.view(count, case.batch, case.seq).to(case.device)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        import torch
+
+        if self.case.dtype == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.case.device, torch.bfloat16 if self.case.dtype == "bf16" else torch.float16)
+
+    def loss(self, ids: Any) -> Any:
+        with self.autocast():
+            return self.model(input_ids=ids, labels=ids).loss
+
+    def step(self, ids: Any) -> None:
+        import torch
+
+        loss = self.loss(ids)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses.append(loss.detach())
+        self.grad_norms.append(norm.detach())
+
+    def synchronize(self) -> None:
+        import torch
+
+        if self.case.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def _measure(trainer: _Trainer, phases: _Phases) -> dict[str, Any]:
+    """Runs warm-up and measured steps; peak memory is that of the measured steps."""
+    import torch
+
+    case, times = trainer.case, []
+    on_gpu = case.device == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+    for i, ids in enumerate(trainer.batches):
+        if i == case.warmup and on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        trainer.synchronize()
+        start = time.perf_counter()
+        trainer.step(ids)
+        trainer.synchronize()
+        times.append(time.perf_counter() - start)
+    phases.done("steps")
+    measured = [1e3 * t for t in times[case.warmup :]]
+    median = statistics.median(measured)
+    result: dict[str, Any] = {
+        "step_ms": {"median": median, "min": min(measured), "max": max(measured), "all": measured},
+        "tokens_per_s": 1e3 * case.batch * case.seq / median,
+        "first_step_s": times[0],
+        "first_three_s": sum(times[:3]),
+        "losses": [float(x) for x in trainer.losses],
+        "grad_norms": [float(x) for x in trainer.grad_norms],
+    }
+    if on_gpu:
+        result["allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        result["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+    return result
+
+
+def _kernel_family(name: str) -> str:
+    """A kernel's name without template arguments and tile numbers, so that a step's launches group into few rows."""
+    name = re.sub(r"^void ", "", name)
+    short = re.split(r"[<(]", name, maxsplit=1)[0] or name
+    return re.sub(r"\d{2,}", "#", short) if short.startswith(("nvjet", "sm90", "sm80", "cutlass")) else short
+
+
+def _profile(trainer: _Trainer) -> dict[str, Any]:
+    """One profiled step: device time by kernel (CPU operators on a CPU), and how often each was launched."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = trainer.case.device == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    trainer.synchronize()
+    with profile(activities=activities) as profiler:
+        trainer.step(trainer.batches[-1])
+        trainer.synchronize()
+    wanted = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    groups: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0])
+    for event in profiler.key_averages():
+        if event.device_type != wanted or getattr(event, "is_user_annotation", False):
+            continue
+        group = groups[_kernel_family(event.key)]
+        group[0] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3
+        group[1] += event.count
+    rows = sorted(((ms, count, name) for name, (ms, count) in groups.items()), reverse=True)
+    return {
+        "busy_ms": sum(row[0] for row in rows),
+        "launches": sum(row[1] for row in rows),
+        "top": [{"ms": round(ms, 3), "count": count, "name": name[:120]} for ms, count, name in rows[:40]],
+    }
+
+
+def _host(trainer: _Trainer, repeats: int = 12) -> dict[str, float]:
+    """Host time of forward and backward with 16 tokens, where the device has nothing to do but launch."""
+    ids = trainer.batches[0][:1, :16].contiguous()
+    forward, backward = [], []
+    for _ in range(repeats):
+        trainer.synchronize()
+        start = time.perf_counter()
+        loss = trainer.loss(ids)
+        middle = time.perf_counter()
+        loss.backward()
+        end = time.perf_counter()
+        trainer.optimizer.zero_grad(set_to_none=True)
+        forward.append(middle - start)
+        backward.append(end - middle)
+    layers = trainer.case.layers or shapes.SHAPES[trainer.case.model].layers
+    medians = {"forward": statistics.median(forward[4:]), "backward": statistics.median(backward[4:])}
+    return {f"{name}_ms": 1e3 * t for name, t in medians.items()} | {
+        f"{name}_us_per_layer": 1e6 * t / layers for name, t in medians.items()
+    }
+
+
+def _work(case: Case, arm: Arm, *, profile: bool, host: bool) -> dict[str, Any]:
+    package = PACKAGES.get(arm.impl)
+    if package and importlib.util.find_spec(package) is None:
+        return {"status": "absent", "reason": f"{package} is not installed"}
+    if arm.impl == "unsloth" and case.device != "cuda":
+        return {"status": "absent", "reason": "unsloth needs a CUDA device"}
+    phases = _Phases()
+    model = shapes.SETUPS[arm.impl](case, arm, phases.done)
+    import torch
+
+    model.train()
+    shapes.fill_weights(model)
+    torch.manual_seed(0)
+    phases.done("build")
+    trainer = _Trainer(model, case)
+    phases.done("data")
+    result = {"status": "ok", **_measure(trainer, phases)}
+    result["trainable"] = {
+        "parameters": sum(p.numel() for p in trainer.parameters),
+        "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in trainer.parameters}),
+    }
+    if arm.impl == "fast":
+        import fast_unsloth_patch
+
+        result["fast"] = fast_unsloth_patch.status().to_dict()
+    if host:
+        result["host"] = _host(trainer)
+    if profile:
+        result["profile"] = _profile(trainer)
+        result["profile"]["idle_ms"] = result["step_ms"]["median"] - result["profile"]["busy_ms"]
+        phases.done("profile")
+    return result | {"phases": phases.seconds} | report.environment(case.device)
+
+
+def worker(spec_file: str, out_file: str) -> None:
+    # The folder of a script comes first on sys.path, and `benchmarks/kernels.py` would pass there for Hugging Face's
+    # package `kernels`; the checkout has to come first for `fast` to be what is measured.
+    sys.path[0] = str(ROOT)
+    spec = json.loads(Path(spec_file).read_text())
+    case, arm = Case(**spec["case"]), Arm(**spec["arm"])
+    try:
+        result = _work(case, arm, profile=spec["profile"], host=spec["host"])
+    except Exception as error:  # whatever a peer raises is a row of the results, not the end of the run
+        traceback.print_exc()
+        status = "oom" if type(error).__name__ == "OutOfMemoryError" else "failed"
+        result = {"status": status, "reason": f"{type(error).__name__}: {error}"[:600]}
+    Path(out_file).write_text(json.dumps(result))
+
+
+@contextlib.contextmanager
+def _work_folder(cold: bool) -> Iterator[Path]:
+    """Where a worker runs: a fresh folder when `cold`, else one that keeps compiled kernels between calls."""
+    if cold:
+        with tempfile.TemporaryDirectory() as name:
+            yield Path(name)
+    else:
+        folder = Path(tempfile.gettempdir()) / "fast_unsloth_bench"
+        folder.mkdir(exist_ok=True)
+        yield folder
+
+
+def _worker_environment(arm: Arm, folder: Path, cold: bool) -> dict[str, str]:
+    env = {key: value for key, value in os.environ.items() if not key.startswith("FAST_UNSLOTH")}
+    env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    env |= {"UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_DISABLE_AUTO_UPDATES": "1"}
+    if cold:
+        env |= {"TRITON_CACHE_DIR": str(folder / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+    return env | arm.env
+
+
+def _read(process: subprocess.Popen[str], tail: collections.deque[str]) -> None:
+    """Passes on what a worker says of its phases and keeps the end of everything else it prints."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("> "):
+            print(f"    {line[2:].rstrip()}", flush=True)
+        else:
+            tail.append(line)
+
+
+def run_arm(case: Case, arm: Arm, *, timeout: float, cold: bool, profile: bool, host: bool) -> dict[str, Any]:
+    """Runs one arm in its own process and returns its result; a hang or a crash is a result too."""
+    with _work_folder(cold) as folder, tempfile.TemporaryDirectory() as exchange:
+        spec_file, out_file = Path(exchange, "spec.json"), Path(exchange, "out.json")
+        spec = {"case": dataclasses.asdict(case), "arm": dataclasses.asdict(arm), "profile": profile, "host": host}
+        spec_file.write_text(json.dumps(spec))
+        process = subprocess.Popen(
+            [sys.executable, str(HERE / "train_step.py"), "--worker", str(spec_file), str(out_file)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            cwd=folder, env=_worker_environment(arm, folder, cold), start_new_session=True,
+        )  # fmt: skip
+        tail: collections.deque[str] = collections.deque(maxlen=60)
+        reader = threading.Thread(target=_read, args=(process, tail), daemon=True)
+        reader.start()
+        try:
+            ended = f"the process ended with status {process.wait(timeout)}"
+        except subprocess.TimeoutExpired:
+            ended = f"no result after {timeout:.0f} s"
+        # the worker, if it hangs, and whatever it left running: compile servers hold the pipe open
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        reader.join(10)
+        result = json.loads(out_file.read_text()) if out_file.exists() else {"status": "failed", "reason": ended}
+    if result["status"] not in ("ok", "absent"):
+        result["log_tail"] = "".join(tail)[-4000:]
+    return result | {"cold": cold}
+
+
+def _problem(row: dict[str, Any]) -> str | None:
+    """Why a row of stock or fast makes the run fail, if it does."""
+    if row["impl"] not in ("stock", "fast"):
+        return None
+    if row["status"] != "ok":
+        return f"{row['status']}: {row['reason'].splitlines()[0]}"
+    if row["impl"] == "fast" and not any(r["forward"] for r in row["fast"]["rows"]):
+        return "no patch took its fast path"
+    if row.get("parity") and not row["parity"]["ok"]:
+        return "losses or gradient norms disagree with stock's"
+    return None
+
+
+def _print_extras(row: dict[str, Any]) -> None:
+    if "host" in row:
+        host = row["host"]
+        print(f"    host per layer: forward {host['forward_us_per_layer']:.0f} us, "
+              f"backward {host['backward_us_per_layer']:.0f} us")  # fmt: skip
+    if "profile" in row:
+        found = row["profile"]
+        print(f"    profile of {row['label']}: busy {found['busy_ms']:.1f} ms, "
+              f"idle {found['idle_ms']:.1f} ms, {found['launches']} launches")  # fmt: skip
+        for kernel in found["top"]:
+            print(f"      {kernel['ms']:9.3f} ms {kernel['count']:6d}  {kernel['name'][:90]}")
+    if "log_tail" in row:
+        print("    " + row["log_tail"][-1500:].replace("\n", "\n    "))
+
+
+def _stored_stock(results: dict[str, Any], case: Case) -> dict[str, Any] | None:
+    """The newest stock row of the same case in the results file: parity can be told against it, speed cannot."""
+    same = [r for r in results["rows"] if r["impl"] == "stock" and r["status"] == "ok"]
+    same = [r for r in same if r["case"] == dataclasses.asdict(case)]
+    return same[-1] if same else None
+
+
+def run_plan(plan: list[tuple[Case, list[Arm]]], options: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    path = Path(options.json) if options.json else None
+    results = report.load_results(path) if path else {"rows": [], "floors": []}
+    stamp = datetime.datetime.now(datetime.timezone.utc)
+    common = {"run": options.run or stamp.strftime("%Y%m%dT%H%M%S"), "date": stamp.strftime("%Y-%m-%d"),
+              "commit": options.commit or report.commit(), "source": report.source_digest()}  # fmt: skip
+    problems: list[str] = []
+    tables: list[str] = []
+    for case, arms in plan:
+        stock = _stored_stock(results, case)
+        rows = []
+        for arm in arms:
+            left = options.budget - (time.perf_counter() - started)
+            print(f"{case.title()}: {arm.name()}", flush=True)
+            if left < 20:
+                result: dict[str, Any] = {"status": "skipped", "reason": "no time left in --budget"}
+            else:
+                result = run_arm(case, arm, timeout=min(options.timeout, left), cold=options.cold,
+                                 profile=options.profile, host=options.host)  # fmt: skip
+            row = common | {"impl": arm.impl, "label": arm.name(), "case": dataclasses.asdict(case),
+                            "arm": dataclasses.asdict(arm)} | result  # fmt: skip
+            if row["status"] == "ok":
+                if arm.impl == "stock":
+                    stock = row
+                elif stock:
+                    row["parity"] = report.parity(row, stock, case)
+            problem = _problem(row)
+            if problem:
+                problems.append(f"{case.title()}: {arm.name()}: {problem}")
+            _print_extras(row)
+            rows.append(row)
+            results["rows"].append(row)
+            if path:
+                report.save_results(path, results)
+        tables.append(f"{case.title()}\n{report.console_table(rows)}")
+    print("\n" + "\n\n".join(tables), flush=True)
+    for problem in problems:
+        print(f"FAILED {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _arm(entry: str | dict[str, Any]) -> Arm:
+    arm = Arm(impl=entry) if isinstance(entry, str) else Arm(**entry)
+    if arm.impl not in shapes.SETUPS:
+        raise SystemExit(f"unknown implementation {arm.impl!r}; known: {', '.join(shapes.SETUPS)}")
+    return arm
+
+
+def read_plan(path: Path) -> list[tuple[Case, list[Arm]]]:
+    document = json.loads(path.read_text())
+    plan = []
+    for entry in document["cases"]:
+        fields = document.get("defaults", {}) | entry
+        arms = [_arm(a) for a in fields.pop("impls")]
+        plan.append((Case(**fields), arms))
+    return plan
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--impl", default="stock,fast,liger,unsloth", help="comma-separated")
+    parser.add_argument("--model", default="llama-8b", choices=[n for n, s in shapes.SHAPES.items() if not s.experts])
+    parser.add_argument("--mode", default="lora", choices=["lora", "full"])
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--seq", type=int, default=2048)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--layers", type=int, help="only so many decoder layers")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="fp32 runs without autocast")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--only", type=_names, help="fast: these patches only")
+    parser.add_argument("--exclude", type=_names, default=(), help="fast: without these patches")
+    parser.add_argument("--recompute", default="full", choices=["full", "stock"])
+    parser.add_argument("--unsloth-gc", default="true", choices=["true", "unsloth"])
+    parser.add_argument("--plan", type=Path, help="cases from a file, in place of the options above")
+    parser.add_argument("--json", help="results file to append to")
+    parser.add_argument("--run", help="name of the run (default: the time); one name lets two calls count as one run")
+    parser.add_argument("--commit", help="what to record as the commit where there is no git")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for one worker")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds for the whole call; the rest is skipped")
+    parser.add_argument("--cold", action="store_true", help="empty Triton and Inductor caches")
+    parser.add_argument("--profile", action="store_true", help="one more step under torch.profiler: the top 40 kernels")
+    parser.add_argument("--host", action="store_true", help="host time of forward and backward at 16 tokens")
+    options = parser.parse_args(argv)
+    if (options.mode, options.dtype) == ("full", "fp16"):
+        parser.error("GradScaler refuses fp16 gradients: fp16 goes with --mode lora")
+    if options.plan:
+        return run_plan(read_plan(options.plan), options)
+    case = Case(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Case)})
+    arms = [_arm(name) for name in _names(options.impl)]
+    arms = [
+        dataclasses.replace(
+            a, only=options.only, exclude=options.exclude, recompute=options.recompute, unsloth_gc=options.unsloth_gc
+        )
+        for a in arms
+    ]
+    return run_plan([(case, arms)], options)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        worker(*sys.argv[2:4])
+        # the result is on disk: no time for the teardown of compile servers and of 20 GiB of tensors
+        sys.stdout.flush()
+        os._exit(0)
+    sys.exit(main())

@@ -1,0 +1,341 @@
+"""LoRA linear layers, one or several over one input, as one differentiable operation.
+
+``y = x W^T + bias + s (dropout(x) A^T) B^T``.
+
+What is saved is x and ``u = dropout(x) A^T`` (r wide), which is never recomputed; ``dY B`` is computed once, for dA and dX;
+W gets a gradient only when it is trainable. The low-rank update is written first and the library GEMM accumulates onto it, so
+that y is rounded once more than a plain linear layer and not three times. The formulas are the low-rank ones of Hu et al., "LoRA"
+(2021); ordering the products so that nothing of the size of W or of x is formed besides the result was first shown by Unsloth's
+public description of its LoRA kernels. The code here is our own.
+
+``siblings_backward`` is the backward of q, k, v and of gate, up as well (``lora_qkv``, ``lora_mlp``).
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from ._dispatch import use_triton
+from .dropout import draw_seed, dropout_bits
+from .low_rank import Siblings, down, expand, outer
+
+
+class Adapter(NamedTuple):
+    """The LoRA operands of one projection.
+
+    Args:
+        a: [r, K].
+        b: [N, r].
+        scaling: factor of the update.
+        dropout: probability of dropping an element of the update's input; 0.0 when not training.
+        bias: ``lora_B.bias`` [N], or None.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+    dropout: float = 0.0
+    bias: torch.Tensor | None = None
+
+
+class Projection(NamedTuple):
+    """A linear layer and the adapter on it, if any.
+
+    Args:
+        weight: [N, K], frozen or trainable.
+        bias: [N], or None.
+        adapter: None for a layer without LoRA.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    adapter: Adapter | None
+
+
+class Dtypes(NamedTuple):
+    """Compute dtypes: of the base GEMM (and of y), and of the low-rank branch."""
+
+    base: torch.dtype
+    low: torch.dtype
+
+
+class Operands(NamedTuple):
+    """One projection inside a Function: tensors only, the rest by value."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    a: torch.Tensor | None
+    b: torch.Tensor | None
+    lora_bias: torch.Tensor | None
+    scaling: float
+    dropout: float
+
+
+def resolve_dtypes(x: torch.Tensor, *projections: Projection) -> Dtypes:
+    """Under autocast all is computed in its dtype; without, the base GEMM in x's and the low-rank branch in the adapters'."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        return Dtypes(dtype, dtype)
+    for projection in projections:
+        if projection.adapter is not None:
+            return Dtypes(x.dtype, projection.adapter.a.dtype)
+    return Dtypes(x.dtype, x.dtype)
+
+
+# A Function takes tensors as separate arguments: five a projection, in the order of Operands.
+TENSORS = 5
+
+
+def flatten(projection: Projection) -> tuple[torch.Tensor | None, ...]:
+    """The tensors of a projection as Function arguments."""
+    weight, bias, adapter = projection
+    if adapter is None:
+        return weight, bias, None, None, None
+    return weight, bias, adapter.a, adapter.b, adapter.bias
+
+
+def factors(projection: Projection) -> tuple[float, float]:
+    """Scaling and dropout of a projection as Function arguments."""
+    adapter = projection.adapter
+    return (0.0, 0.0) if adapter is None else (adapter.scaling, adapter.dropout)
+
+
+def operands(tensors: tuple[torch.Tensor | None, ...], values: tuple[tuple[float, float], ...]) -> list[Operands]:
+    """Inverse of ``flatten`` and ``factors`` for several projections."""
+    return [Operands(*tensors[i * TENSORS : (i + 1) * TENSORS], *value) for i, value in enumerate(values)]  # type: ignore[arg-type]
+
+
+def keep_scale(dropout: float) -> float:
+    """What kept elements are multiplied by: ``1 / (1 - p)``, PEFT's ``nn.Dropout``; 0 for p = 1, where nothing is kept."""
+    return 0.0 if dropout >= 1.0 else 1.0 / (1.0 - dropout)
+
+
+def draw_masks(x: torch.Tensor, group: list[Operands], seed: torch.Tensor | None, stream: int = 0) -> torch.Tensor | None:
+    """Independent keep masks for the adapters of ``group`` that drop out, int32 [J, T, words], or None if none does.
+
+    Args:
+        x: [T, K], the input that is masked (only its shape and device are used).
+        group: the projections with an adapter.
+        seed: from ``draw_seed``; None if nothing drops out.
+        stream: distinguishes groups that share a seed; a group takes at most three.
+    """
+    if seed is None or all(op.dropout == 0.0 for op in group):
+        return None
+    kernel = use_triton(x)
+    tokens, width = x.shape
+    rates = [op.dropout for op in group]
+    if len(set(rates)) == 1:
+        return dropout_bits(seed, rates[0], len(rates), tokens, width, kernel=kernel, stream=stream)
+    parts = [dropout_bits(seed, p, 1, tokens, width, kernel=kernel, stream=stream + i) for i, p in enumerate(rates)]
+    return torch.cat(parts)
+
+
+def seed_for(x: torch.Tensor, *projections: Projection) -> torch.Tensor | None:
+    """A fresh seed if any adapter drops out."""
+    for projection in projections:
+        if projection.adapter is not None and projection.adapter.dropout > 0.0:
+            return draw_seed(x.device)
+    return None
+
+
+def adapted(group: list[Operands]) -> list[Operands]:
+    return [op for op in group if op.a is not None]
+
+
+def project_down(x: torch.Tensor, group: list[Operands], masks: torch.Tensor | None, dtype: torch.dtype):
+    """u = dropout(x) A^T for the adapters of ``group`` [T, slots]; None if there is none."""
+    with_adapter = adapted(group)
+    if not with_adapter:
+        return None
+    scales = tuple(keep_scale(op.dropout) for op in with_adapter)
+    return down(x, Siblings(tuple(op.a for op in with_adapter), scales, None, masks), dtype)  # type: ignore[misc]
+
+
+def effective_bias(op: Operands, dtype: torch.dtype) -> torch.Tensor | None:
+    """Base bias plus scaled LoRA bias, in the compute dtype."""
+    if op.lora_bias is None:
+        return None if op.bias is None else op.bias.to(dtype)
+    bias = op.lora_bias * op.scaling
+    return (bias if op.bias is None else op.bias + bias).to(dtype)
+
+
+def base_linear(x: torch.Tensor, op: Operands, y: torch.Tensor, *, accumulate: bool) -> torch.Tensor:
+    """``y (+)= x W^T + bias`` in y's dtype, written into y."""
+    weight = op.weight.to(y.dtype).t()
+    bias = effective_bias(op, y.dtype)
+    if accumulate:
+        y.addmm_(x, weight)
+        return y if bias is None else y.add_(bias)
+    return torch.mm(x, weight, out=y) if bias is None else torch.addmm(bias, x, weight, out=y)
+
+
+def linear_forward(x: torch.Tensor, op: Operands, u: torch.Tensor | None, dtypes: Dtypes) -> torch.Tensor:
+    """One projection of x [T, K] with its u [T, slots] -> [T, N]."""
+    y = torch.empty((x.shape[0], op.weight.shape[0]), dtype=dtypes.base, device=x.device)
+    if u is None:
+        return base_linear(x, op, y, accumulate=False)
+    expand(u, Siblings((op.b.t(),), (op.scaling,)), dtypes.low, y)  # type: ignore[union-attr]
+    return base_linear(x, op, y, accumulate=True)
+
+
+class OperandGrads(NamedTuple):
+    """Gradients in the order of the Function's tensor arguments."""
+
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    a: torch.Tensor | None = None
+    b: torch.Tensor | None = None
+    lora_bias: torch.Tensor | None = None
+
+
+def siblings_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    u: torch.Tensor | None,
+    group: list[Operands],
+    masks: torch.Tensor | None,
+    dtypes: Dtypes,
+    needs: tuple[bool, ...],
+    *,
+    need_dx: bool,
+) -> tuple[torch.Tensor | None, list[OperandGrads]]:
+    """Backward of projections that share the input x.
+
+    ``dx = sum_j dy_j W_j + c_j ((s_j dy_j B_j) A_j) * m_j``; ``dA = (s dy B)^T dropout(x)``; ``dB = s dy^T u``; ``dW = dy^T x``.
+
+    Args:
+        dy: [T, sum of N], the siblings' gradients side by side, in ``dtypes.base``.
+        x: [T, K] in ``dtypes.base``.
+        u: [T, slots] of the siblings that have an adapter, or None.
+        group: the siblings.
+        masks: keep masks of the siblings that have an adapter, or None.
+        needs: ``needs_input_grad`` of the siblings' tensors, five each.
+        need_dx: whether dx is wanted.
+
+    Returns:
+        dx [T, K] or None, and the gradients of each sibling.
+    """
+    starts = [0]
+    for op in group:
+        starts.append(starts[-1] + op.weight.shape[0])
+    with_adapter = adapted(group)
+    grads: list[dict[str, Any]] = [{} for _ in group]
+    where = [i for i, op in enumerate(group) if op.a is not None]
+    dx = None
+    if with_adapter:
+        scalings = tuple(op.scaling for op in with_adapter)
+        kept = tuple(keep_scale(op.dropout) for op in with_adapter)
+        a = tuple(op.a for op in with_adapter)
+        b = tuple(op.b.t() for op in with_adapter)  # type: ignore[union-attr]
+        on_dy = Siblings(b, scalings, tuple(starts[i] for i in where))
+        on_x = Siblings(a, kept, None, masks)  # type: ignore[arg-type]
+        if any(needs[i * TENSORS + 3] for i in where):
+            for i, db in zip(where, outer(dy, u, on_dy, dtypes.low, transposed=True)):  # type: ignore[arg-type]
+                grads[i]["b"] = db
+        need_a = any(needs[i * TENSORS + 2] for i in where)
+        if need_a or need_dx:
+            du = down(dy, on_dy, dtypes.low)
+            if need_a:
+                for i, da in zip(where, outer(x, du, on_x, dtypes.low)):
+                    grads[i]["a"] = da
+            if need_dx:
+                dx = expand(du, on_x, dtypes.low, torch.empty_like(x))
+    for i, op in enumerate(group):
+        dy_i = dy[:, starts[i] : starts[i + 1]]
+        need_weight, need_bias, _, _, need_lora_bias = needs[i * TENSORS : (i + 1) * TENSORS]
+        if need_weight:
+            grads[i]["weight"] = torch.mm(dy_i.t(), x).to(op.weight.dtype)
+        if need_bias or need_lora_bias:
+            total = dy_i.sum(0, dtype=torch.float32)
+            if need_bias:
+                grads[i]["bias"] = total.to(op.bias.dtype)  # type: ignore[union-attr]
+            if need_lora_bias:
+                grads[i]["lora_bias"] = (total * op.scaling).to(op.lora_bias.dtype)  # type: ignore[union-attr]
+        if need_dx:
+            weight = op.weight.to(dtypes.base)
+            dx = torch.mm(dy_i, weight) if dx is None else dx.addmm_(dy_i, weight)
+    return dx, [OperandGrads(**g) for g in grads]
+
+
+def rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x [..., K] as [T, K] in the compute dtype, rows contiguous."""
+    flat = x.reshape(-1, x.shape[-1]).to(dtype)
+    return flat if flat.stride(-1) == 1 or flat.numel() == 0 else flat.contiguous()
+
+
+def without_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """The dtypes are ours: a backward called under autocast must not round fp32 products. (In a forward they are autocast's own.)"""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+class LoraLinear(Function):
+    """Autograd node of ``lora_linear``; saves x, u, the masks and the parameters."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, lora_bias, values, dtypes, seed, tally):
+        (op,) = operands((weight, bias, a, b, lora_bias), (values,))
+        x2d = rows(x, dtypes.base)
+        masks = draw_masks(x2d, [op], seed) if a is not None else None
+        u = project_down(x2d, [op], masks, dtypes.low)
+        y = linear_forward(x2d, op, u, dtypes)
+        ctx.save_for_backward(x2d, u, masks, weight, bias, a, b, lora_bias)
+        ctx.values, ctx.dtypes, ctx.tally = values, dtypes, tally
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        if ctx.tally is not None:
+            ctx.tally.hit_backward()
+        x, u, masks, *tensors = ctx.saved_tensors
+        group = operands(tuple(tensors), (ctx.values,))
+        with without_autocast(dy):
+            dx, (grads,) = siblings_backward(
+                rows(dy, ctx.dtypes.base), x, u, group, masks, ctx.dtypes, ctx.needs_input_grad[1:6], need_dx=ctx.needs_input_grad[0]
+            )
+        if dx is not None:
+            dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
+        return dx, *grads, None, None, None, None
+
+
+def lora_linear(x: torch.Tensor, proj: Projection, *, tally: Any = None) -> torch.Tensor:
+    """``x W^T + bias + scaling * (dropout(x) A^T) B^T``.
+
+    Under autocast everything is computed in the autocast dtype. Without it the base GEMM runs in x's dtype and the low-rank branch in
+    the adapter's, as in PEFT; the sum is rounded to the base dtype once.
+
+    Args:
+        x: [..., K].
+        proj: weight, bias and adapter; any of the parameters may be trainable.
+        tally: object with ``hit_backward()``, called once a backward.
+
+    Returns:
+        [..., N] in the autocast dtype, or in x's.
+
+    Raises:
+        ValueError: if the last dimension of x is not K.
+    """
+    check_width(x, proj)
+    dtypes = resolve_dtypes(x, proj)
+    return LoraLinear.apply(x, *flatten(proj), factors(proj), dtypes, seed_for(x, proj), tally)
+
+
+def check_width(x: torch.Tensor, *projections: Projection) -> None:
+    """Shapes that a kernel would read out of bounds with."""
+    for weight, _, adapter in projections:
+        n, k = weight.shape
+        if x.shape[-1] != k:
+            raise ValueError(f"x has {x.shape[-1]} features, the weight {tuple(weight.shape)} takes {k}")
+        if adapter is not None and (adapter.a.shape[-1] != k or adapter.b.shape != (n, adapter.a.shape[0])):
+            raise ValueError(
+                f"LoRA A {tuple(adapter.a.shape)} and B {tuple(adapter.b.shape)} do not fit the weight {tuple(weight.shape)}: "
+                f"expected A [r, {k}] and B [{n}, r]"
+            )

@@ -1,0 +1,321 @@
+"""A SwiGLU MLP with LoRA on any of its three projections, as one differentiable operation.
+
+``y = down(silu(gate(x)) * up(x)) (+ residual)``.
+
+The GEMMs of gate and up leave their low-rank updates out; the SwiGLU kernels, which are bound by memory, add them from the r-wide
+``u`` in registers, in the forward and again in the backward, so that LoRA on gate and up costs no pass over the intermediate. The
+backward kernel does the same for the update of ``dY W_down``, overwrites gate and up with their gradients and leaves the hidden activation
+in dh's place: nothing of the intermediate's size is allocated but dh. It overwrites only where no second backward can come.
+
+In the recompute of a checkpointed layer whose output nobody reads (``need_output=False``) the forward stops before SwiGLU: the hidden
+activation is formed in backward anyway, and u of ``down`` from it (which is why that u alone is not saved).
+
+SwiGLU is Shazeer, "GLU variants improve transformer" (2020); recomputing the activation in backward instead of saving it is common to Liger
+and others.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from ._dispatch import use_triton
+from ._launch import jit, launch, tl
+from .lora_linear import (
+    TENSORS,
+    Dtypes,
+    OperandGrads,
+    Operands,
+    Projection,
+    adapted,
+    base_linear,
+    check_width,
+    draw_masks,
+    factors,
+    flatten,
+    keep_scale,
+    linear_forward,
+    operands,
+    project_down,
+    resolve_dtypes,
+    rows,
+    seed_for,
+    siblings_backward,
+    without_autocast,
+)
+from .low_rank import Siblings, down, dropped, expand, outer, precision, rank_slots, slot_starts, widened
+
+_MAX_FUSED_SLOTS = 64
+_BLOCK_T, _BLOCK_N = 32, 128
+_DOWN_STREAM = 8
+
+
+@jit
+def _update(u_ptr, m_ptr, rows, cols, row_mask, col_mask, scale, FIRST: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr,
+            SLOTS: tl.constexpr, SR: tl.constexpr, SN: tl.constexpr, PRECISION: tl.constexpr):
+    # scale * u M for one tile; M is [r, N] with strides SR, SN.
+    ranks = tl.arange(0, SLOTS)
+    u = tl.load(u_ptr + rows[:, None] * WIDTH + (FIRST + ranks)[None, :], mask=row_mask[:, None], other=0.0)
+    at = m_ptr + ranks[:, None] * SR + cols[None, :] * SN
+    m = tl.load(at, mask=(ranks < R)[:, None] & col_mask[None, :], other=0.0).to(u.dtype)
+    return tl.dot(u, m, input_precision=PRECISION) * scale
+
+
+@jit
+def _gate_and_up(gu_ptr, u_ptr, bg_ptr, bu_ptr, rows, cols, row_mask, col_mask, sg, su, N: tl.constexpr, WIDTH: tl.constexpr,
+                 RG: tl.constexpr, RU: tl.constexpr, SLOTS_G: tl.constexpr, SLOTS_U: tl.constexpr, PRECISION: tl.constexpr):
+    at = gu_ptr + rows[:, None] * (2 * N) + cols[None, :]
+    mask = row_mask[:, None] & col_mask[None, :]
+    gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(at + N, mask=mask, other=0.0).to(tl.float32)
+    if RG:
+        gate += _update(u_ptr, bg_ptr, rows, cols, row_mask, col_mask, sg, 0, WIDTH, RG, SLOTS_G, 1, RG, PRECISION)
+    if RU:
+        first: tl.constexpr = SLOTS_G if RG else 0
+        up += _update(u_ptr, bu_ptr, rows, cols, row_mask, col_mask, su, first, WIDTH, RU, SLOTS_U, 1, RU, PRECISION)
+    return gate, up
+
+
+@jit(do_not_specialize=["T"])
+def _swiglu_fwd_kernel(
+    gu_ptr, u_ptr, bg_ptr, bu_ptr, h_ptr, sg, su, T,
+    N: tl.constexpr, WIDTH: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr, SLOTS_G: tl.constexpr, SLOTS_U: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask, col_mask = rows < T, cols < N
+    gate, up = _gate_and_up(gu_ptr, u_ptr, bg_ptr, bu_ptr, rows, cols, row_mask, col_mask, sg, su, N, WIDTH, RG, RU,
+                            SLOTS_G, SLOTS_U, PRECISION)  # fmt: skip
+    h = gate * tl.sigmoid(gate) * up
+    at = h_ptr + rows[:, None] * N + cols[None, :]
+    tl.store(at, h.to(h_ptr.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :])
+
+
+@jit(do_not_specialize=["T"])
+def _swiglu_bwd_kernel(
+    dh_ptr, gu_ptr, dgu_ptr, u_ptr, bg_ptr, bu_ptr, du_ptr, ad_ptr, bits_ptr, sg, su, sd, T,
+    N: tl.constexpr, WIDTH: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr, SLOTS_G: tl.constexpr, SLOTS_U: tl.constexpr,
+    RD: tl.constexpr, SLOTS_D: tl.constexpr, WORDS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # In: dh without the update of the down projection's adapter. Out: h in dh's place, dgate and dup.
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask, col_mask = rows < T, cols < N
+    mask = row_mask[:, None] & col_mask[None, :]
+    gate, up = _gate_and_up(gu_ptr, u_ptr, bg_ptr, bu_ptr, rows, cols, row_mask, col_mask, sg, su, N, WIDTH, RG, RU,
+                            SLOTS_G, SLOTS_U, PRECISION)  # fmt: skip
+    dh_at = dh_ptr + rows[:, None] * N + cols[None, :]
+    dh = tl.load(dh_at, mask=mask, other=0.0).to(tl.float32)
+    if RD:
+        low = _update(du_ptr, ad_ptr, rows, cols, row_mask, col_mask, sd, 0, SLOTS_D, RD, SLOTS_D, N, 1, PRECISION)
+        if WORDS:
+            low = dropped(low, bits_ptr, rows, tl.program_id(1) * BLOCK_N, row_mask, N, WORDS, BLOCK_N)
+        dh += low
+    sig = tl.sigmoid(gate)
+    silu = gate * sig
+    dgate = dh * up * (sig + silu * (1.0 - sig))
+    dup = dh * silu
+    out = dgu_ptr + rows[:, None] * (2 * N) + cols[None, :]
+    tl.store(out, dgate.to(dgu_ptr.dtype.element_ty), mask=mask)
+    tl.store(out + N, dup.to(dgu_ptr.dtype.element_ty), mask=mask)
+    tl.store(dh_at, (silu * up).to(dh_ptr.dtype.element_ty), mask=mask)
+
+
+def _ranks(group: list[Operands]) -> list[int]:
+    return [0 if op.a is None else op.a.shape[0] for op in group]
+
+
+def _fused(gu: torch.Tensor, group: list[Operands]) -> bool:
+    """Whether the kernels add the updates of this group themselves; else the GEMMs start from them."""
+    return use_triton(gu) and gu.numel() > 0 and all(r == 0 or rank_slots(r) <= _MAX_FUSED_SLOTS for r in _ranks(group))
+
+
+def _update_arguments(gu, u, group):
+    """(u, B of gate, B of up), their scales, and the constexprs that describe them, for a fused group or an updated one."""
+    gate, up = group
+    ranks = _ranks(group) if u is not None else [0, 0]
+    tensors = (gu if u is None else u, gate.b.contiguous() if ranks[0] else gu, up.b.contiguous() if ranks[1] else gu)
+    width = 0 if u is None else u.shape[1]
+    return tensors, (gate.scaling, up.scaling), (width, *ranks, *(rank_slots(max(r, 1)) for r in ranks))
+
+
+def _swiglu_forward(gu: torch.Tensor, u: torch.Tensor | None, group: list[Operands]) -> torch.Tensor:
+    """h [T, I] = silu(gate) * up from gu [T, 2 I], with the updates of ``group`` added if u is given."""
+    tokens, width = gu.shape[0], gu.shape[1] // 2
+    if not use_triton(gu):
+        gate, up = gu.split(width, 1)
+        gate = widened(gate)
+        return (gate * torch.sigmoid(gate) * widened(up)).to(gu.dtype)
+    h = torch.empty((tokens, width), dtype=gu.dtype, device=gu.device)
+    if h.numel():
+        tensors, scales, consts = _update_arguments(gu, u, group)
+        grid = (-(-tokens // _BLOCK_T), -(-width // _BLOCK_N))
+        launch(_swiglu_fwd_kernel, grid, (gu, *tensors, h, *scales, tokens),
+               (width, *consts, precision(tensors[0].dtype), _BLOCK_T, _BLOCK_N), num_warps=4)  # fmt: skip
+    return h
+
+
+def _swiglu_backward(dh, gu, dgu, u, group, op_down, du, masks):
+    """Fills dgu [T, 2 I] (which may be gu) and turns dh [T, I] into h; adds the update of ``op_down`` to dh first if du is given."""
+    tokens, width = dh.shape
+    if not use_triton(dh):
+        gate, up = (widened(t) for t in gu.split(width, 1))
+        if du is not None:
+            expand(du, Siblings((op_down.a,), (keep_scale(op_down.dropout),), None, masks), du.dtype, dh, add=True)
+        grad = widened(dh)
+        sig = torch.sigmoid(gate)
+        silu = gate * sig
+        h, dgate, dup = silu * up, grad * up * (sig + silu * (1.0 - sig)), grad * silu
+        dgu[:, :width], dgu[:, width:] = dgate, dup  # only now: dgu may be gu, and grad may be dh
+        dh.copy_(h)
+        return
+    if dh.numel() == 0:
+        return
+    tensors, scales, consts = _update_arguments(gu, u, group)
+    rank = 0 if du is None else op_down.a.shape[0]
+    args = (
+        dh, gu, dgu, *tensors, dh if du is None else du, dh if du is None else op_down.a.contiguous(), dh if masks is None else masks,
+        *scales, keep_scale(op_down.dropout), tokens,
+    )  # fmt: skip
+    grid = (-(-tokens // _BLOCK_T), -(-width // _BLOCK_N))
+    launch(_swiglu_bwd_kernel, grid, args,
+           (width, *consts, rank, rank_slots(max(rank, 1)), 0 if masks is None else masks.shape[2],
+            precision(tensors[0].dtype if du is None else du.dtype), _BLOCK_T, _BLOCK_N), num_warps=4)  # fmt: skip
+
+
+def _second_backward_possible() -> bool:
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+class LoraMLP(Function):
+    """Autograd node of ``lora_mlp``; saves x, gate and up (without their updates where fused), their u, the masks and the parameters."""
+
+    @staticmethod
+    def forward(ctx, x, residual, *rest):
+        *tensors, values, dtypes, seed, need_output, tally = rest
+        gate, up, op_down = operands(tuple(tensors), values)
+        group = [gate, up]
+        x2d = rows(x, dtypes.base)
+        width = gate.weight.shape[0]
+        masks = draw_masks(x2d, adapted(group), seed)
+        u = project_down(x2d, group, masks, dtypes.low)
+        gu = torch.empty((x2d.shape[0], 2 * width), dtype=dtypes.base, device=x.device)
+        fused = _fused(gu, group)
+        at, starts = 0, slot_starts(tuple(r for r in _ranks(group) if r))
+        for op, part in zip(group, gu.split(width, 1)):
+            first = op.a is not None and not fused
+            if first:
+                expand(u[:, starts[at] : starts[at + 1]], Siblings((op.b.t(),), (op.scaling,)), dtypes.low, part)
+            base_linear(x2d, op, part, accumulate=first)
+            at += op.a is not None
+        masks_down = draw_masks(gu[:, :width], adapted([op_down]), seed, _DOWN_STREAM)
+        if need_output:
+            h = _swiglu_forward(gu, u if fused else None, group)
+            y = linear_forward(h, op_down, project_down(h, [op_down], masks_down, dtypes.low), dtypes).view(*x.shape[:-1], -1)
+            if residual is not None:
+                y = y + residual if y.dtype is not residual.dtype else y.add_(residual)
+        else:
+            dtype = dtypes.base if residual is None else torch.promote_types(dtypes.base, residual.dtype)
+            y = torch.zeros((), dtype=dtype, device=x.device).expand(*x.shape[:-1], op_down.weight.shape[0])
+        # The same tensors whether or not the output was computed: a non-reentrant checkpoint compares forward and recompute.
+        ctx.save_for_backward(x2d, u, masks, gu, masks_down, *tensors)
+        ctx.values, ctx.dtypes, ctx.tally, ctx.fused = values, dtypes, tally, fused
+        ctx.x_shape, ctx.x_dtype, ctx.residual_dtype = x.shape, x.dtype, None if residual is None else residual.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        if ctx.tally is not None:
+            ctx.tally.hit_backward()
+        x, u, masks, gu, masks_down, *tensors = ctx.saved_tensors
+        gate, up, op_down = operands(tuple(tensors), ctx.values)
+        dtypes, needs = ctx.dtypes, ctx.needs_input_grad
+        d_residual = dy.to(ctx.residual_dtype) if needs[1] else None
+        with without_autocast(x):
+            dy = rows(dy, dtypes.base)
+            dh = torch.mm(dy, op_down.weight.to(dtypes.base))
+            du = None
+            if op_down.a is not None:
+                du = down(dy, Siblings((op_down.b.t(),), (op_down.scaling,)), dtypes.low)  # type: ignore[union-attr]
+            du_fused = du
+            if du is not None and use_triton(dh) and rank_slots(op_down.a.shape[0]) > _MAX_FUSED_SLOTS:  # type: ignore[union-attr]
+                kept = Siblings((op_down.a,), (keep_scale(op_down.dropout),), None, masks_down)  # type: ignore[arg-type]
+                expand(du, kept, dtypes.low, dh, add=True)
+                du_fused = None
+            dgu = torch.empty_like(gu) if _second_backward_possible() else gu
+            _swiglu_backward(dh, gu, dgu, u if ctx.fused else None, [gate, up], op_down, du_fused, masks_down if du_fused is not None else None)
+            start = 2 + 2 * TENSORS
+            down_grads = _down_backward(dy, dh, op_down, du, masks_down, dtypes, needs[start : start + TENSORS])
+            del dh
+            dx, parts = siblings_backward(
+                dgu, x, u, [gate, up], masks, dtypes, needs[2 : 2 + 2 * TENSORS], need_dx=needs[0]
+            )
+        if dx is not None:
+            dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
+        return dx, d_residual, *parts[0], *parts[1], *down_grads, None, None, None, None, None
+
+
+def _down_backward(dy, h, op: Operands, du, masks, dtypes: Dtypes, needs) -> OperandGrads:
+    """Gradients of the down projection's own parameters, from its input h and output gradient dy."""
+    grads: dict[str, Any] = {}
+    need_weight, need_bias, need_a, need_b, need_lora_bias = needs
+    on_h = Siblings((op.a,), (keep_scale(op.dropout),), None, masks)  # type: ignore[arg-type]
+    if need_a:
+        grads["a"] = outer(h, du, on_h, dtypes.low)[0]
+    if need_b:
+        u = down(h, on_h, dtypes.low)
+        grads["b"] = outer(dy, u, Siblings((op.b.t(),), (op.scaling,), (0,)), dtypes.low, transposed=True)[0]  # type: ignore[union-attr]
+    if need_weight:
+        grads["weight"] = torch.mm(dy.t(), h).to(op.weight.dtype)
+    if need_bias or need_lora_bias:
+        total = dy.sum(0, dtype=torch.float32)
+        if need_bias:
+            grads["bias"] = total.to(op.bias.dtype)  # type: ignore[union-attr]
+        if need_lora_bias:
+            grads["lora_bias"] = (total * op.scaling).to(op.lora_bias.dtype)  # type: ignore[union-attr]
+    return OperandGrads(**grads)
+
+
+def lora_mlp(
+    x: torch.Tensor,
+    gate: Projection,
+    up: Projection,
+    down: Projection,
+    *,
+    residual: torch.Tensor | None = None,
+    need_output: bool = True,
+    tally: Any = None,
+) -> torch.Tensor:
+    """``down(silu(gate(x)) * up(x))``, each projection with its own adapter or none, plus ``residual`` if given.
+
+    Args:
+        x: [..., K].
+        gate, up: projections to the intermediate width I.
+        down: projection back to K.
+        residual: [..., K], added to the result.
+        need_output: False where only the backward will be used (a recompute whose output nobody reads): the result is then zeros of the
+            right shape and dtype, and everything that backward needs is saved.
+        tally: object with ``hit_backward()``, called once a backward.
+
+    Returns:
+        [..., K] in the compute dtype of ``lora_linear`` (promoted with the residual's).
+
+    Raises:
+        ValueError: if widths do not fit.
+    """
+    check_width(x, gate, up)
+    if gate.weight.shape != up.weight.shape or down.weight.shape[1] != gate.weight.shape[0]:
+        raise ValueError(
+            f"gate {tuple(gate.weight.shape)}, up {tuple(up.weight.shape)} and down {tuple(down.weight.shape)} do not fit: "
+            "expected gate and up [I, K] and down [K, I]"
+        )
+    return LoraMLP.apply(
+        x, residual, *flatten(gate), *flatten(up), *flatten(down), (factors(gate), factors(up), factors(down)),
+        resolve_dtypes(x, gate, up, down), seed_for(x, gate, up, down), need_output, tally,
+    )  # fmt: skip

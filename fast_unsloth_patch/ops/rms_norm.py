@@ -1,0 +1,250 @@
+"""RMSNorm with the semantics of Hugging Face: float32 inside, cast to the input's dtype, then times the weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.rms_norm import rms_norm_bwd_ref, rms_norm_fwd_ref
+from ._autograd import once_differentiable
+from ._dispatch import use_triton
+from ._launch import as_rows, device_limits, jit, launch, tl
+
+# A row lives in the registers of one program; beyond this they would only spill, and the reference runs instead.
+_MAX_H = 32768
+_REDUCE_ROWS, _REDUCE_COLS = 64, 32
+
+
+@jit(do_not_specialize=["n_rows"])
+def _rms_norm_fwd_kernel(
+    x_ptr, w_ptr, y_ptr, rstd_ptr, stride_xt, n_rows, eps, H: tl.constexpr, BLOCK_H: tl.constexpr, ROWS: tl.constexpr
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK_H)
+    mask = (rows < n_rows)[:, None] & (cols < H)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * stride_xt + cols[None, :], mask=mask, other=0.0)
+    xf = x.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(xf * xf, axis=1) / H + eps)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
+    w = tl.load(w_ptr + cols, mask=cols < H, other=0.0).to(tl.float32)
+    normed = (xf * rstd[:, None]).to(x.dtype).to(tl.float32)
+    tl.store(y_ptr + rows[:, None] * H + cols[None, :], normed * w[None, :], mask=mask)
+
+
+@jit(do_not_specialize=["n_rows", "n_tiles"])
+def _rms_norm_bwd_kernel(
+    dy_ptr,
+    x_ptr,
+    w_ptr,
+    rstd_ptr,
+    dx_ptr,
+    partial_ptr,  # [programs, H] float32, or None
+    stride_dyt,
+    stride_xt,
+    n_rows,
+    n_tiles,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    ROWS: tl.constexpr,
+    NEED_DW: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_H)
+    w = tl.load(w_ptr + cols, mask=cols < H, other=0.0).to(tl.float32)
+    dw = tl.zeros((ROWS, BLOCK_H), dtype=tl.float32)
+    for tile in range(0, n_tiles):
+        rows = (pid * n_tiles + tile) * ROWS + tl.arange(0, ROWS)
+        mask = (rows < n_rows)[:, None] & (cols < H)[None, :]
+        x = tl.load(x_ptr + rows[:, None] * stride_xt + cols[None, :], mask=mask, other=0.0)
+        dy = tl.load(dy_ptr + rows[:, None] * stride_dyt + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
+        xhat = x.to(tl.float32) * rstd
+        g = dy * w[None, :]
+        mean = tl.sum(g * xhat, axis=1) / H
+        tl.store(dx_ptr + rows[:, None] * H + cols[None, :], rstd * (g - xhat * mean[:, None]), mask=mask)
+        if NEED_DW:
+            dw += dy * xhat.to(x.dtype).to(tl.float32)
+    if NEED_DW:
+        tl.store(partial_ptr + pid * H + cols, tl.sum(dw, axis=0), mask=cols < H)
+
+
+@jit(do_not_specialize=["n_partials"])
+def _rms_norm_dw_kernel(
+    partial_ptr, dw_ptr, n_partials, H: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
+):
+    cols = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32)
+    for start in range(0, n_partials, BLOCK_ROWS):
+        rows = start + tl.arange(0, BLOCK_ROWS)
+        mask = (rows < n_partials)[:, None] & (cols < H)[None, :]
+        total += tl.load(partial_ptr + rows[:, None] * H + cols[None, :], mask=mask, other=0.0)
+    tl.store(dw_ptr + cols, tl.sum(total, axis=0), mask=cols < H)
+
+
+def _tile(h: int) -> tuple[int, int, int]:
+    # (BLOCK_H, ROWS, num_warps): about 2,048 elements a program, 16 a thread (two 16-byte loads in bf16) up to 16
+    # warps.
+    block = 1 << (h - 1).bit_length()
+    rows = max(1, 2048 // block)
+    return block, rows, min(16, max(1, block * rows // 512))
+
+
+def _dw_programs(n_rows: int, rows: int, num_warps: int, sm_count: int) -> tuple[int, int]:
+    # (programs, tiles each). Enough programs to fill the device twice over, few enough that the partial sums stay a
+    # small part of the traffic: at least four tiles each.
+    tiles = -(-n_rows // rows)
+    programs = min(-(-tiles // 4), sm_count * max(1, 32 // num_warps))
+    each = -(-tiles // programs)
+    return -(-tiles // each), each
+
+
+def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``(y, rstd)``; rstd holds one number a row, float32, in whatever shape the path that ran wants back."""
+    h = x.shape[-1]
+    if not use_triton(x) or h > _MAX_H:
+        y, rstd = rms_norm_fwd_ref(x, weight, eps)
+        return y.contiguous(), rstd
+    dtype = x.dtype if weight.dtype == x.dtype else torch.promote_types(x.dtype, weight.dtype)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    n_rows = x.numel() // h
+    rstd = torch.empty(n_rows, dtype=torch.float32, device=x.device)
+    if n_rows:
+        block, rows, num_warps = _tile(h)
+        x = as_rows(x)
+        launch(
+            _rms_norm_fwd_kernel,
+            (-(-n_rows // rows),),
+            (x, weight.contiguous(), y, rstd, x.stride(0), n_rows, eps),
+            {"H": h, "BLOCK_H": block, "ROWS": rows},
+            num_warps=num_warps,
+        )
+    return y, rstd
+
+
+def rms_norm_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *, need_dw: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """``(dx, dweight or None)`` from what `rms_norm_fwd` returned; dweight by two-stage float32 sums, no atomics."""
+    h = x.shape[-1]
+    if not use_triton(x) or h > _MAX_H:
+        dx, dw = rms_norm_bwd_ref(dy, x, weight, rstd)
+        return dx, dw if need_dw else None
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    n_rows = x.numel() // h
+    if not n_rows:
+        return dx, torch.zeros_like(weight) if need_dw else None
+    block, rows, num_warps = _tile(h)
+    x, dy = as_rows(x), as_rows(dy)
+    programs, each, partial = -(-n_rows // rows), 1, None
+    if need_dw:
+        programs, each = _dw_programs(n_rows, rows, num_warps, device_limits(x.get_device()).sm_count)
+        partial = torch.empty((programs, h), dtype=torch.float32, device=x.device)
+    launch(
+        _rms_norm_bwd_kernel,
+        (programs,),
+        (dy, x, weight.contiguous(), rstd, dx, partial, dy.stride(0), x.stride(0), n_rows, each),
+        {"H": h, "BLOCK_H": block, "ROWS": rows, "NEED_DW": need_dw},
+        num_warps=num_warps,
+    )
+    if partial is None:
+        return dx, None
+    dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    launch(
+        _rms_norm_dw_kernel,
+        (-(-h // _REDUCE_COLS),),
+        (partial, dw, programs),
+        {"H": h, "BLOCK_ROWS": _REDUCE_ROWS, "BLOCK_COLS": _REDUCE_COLS},
+    )
+    return dx, dw
+
+
+class RMSNorm(torch.autograd.Function):
+    """Saves x, weight and one float32 a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, tally: Any) -> Tensor:
+        y, rstd = rms_norm_fwd(x, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.tally = tally
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight, rstd = ctx.saved_tensors
+        need_dx, need_dw = ctx.needs_input_grad[:2]
+        dx, dw = rms_norm_bwd(dy, x, weight, rstd, need_dw=need_dw)
+        if ctx.tally is not None:
+            ctx.tally.hit_backward()
+        return dx if need_dx else None, dw, None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, tally: Any = None) -> Tensor:
+    """Root-mean-square norm as LlamaRMSNorm computes it.
+
+    ``y = weight * (x * (mean(x^2) + eps)^-1/2).to(x.dtype)``
+
+    Args:
+        x: [..., H], float32, bfloat16 or float16 (float64 by the reference), any layout; a copy is made only if the
+            last dimension has a stride. Autocast changes nothing, as in stock.
+        weight: [H], any floating dtype.
+        eps: added to the mean of squares.
+        tally: counts the backward pass (`status.Tally`), or None.
+
+    Returns:
+        y [..., H], contiguous, in the dtype that x and weight promote to. Differentiable once, in x and weight.
+
+    Accumulates in float32. Nothing is written in place. Bitwise reproducible on the same device. The formula of the
+    backward is that of the RMSNorm paper (Zhang and Sennrich, 2019).
+    """
+    return RMSNorm.apply(x, weight, eps, tally)
+
+
+def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """What the compile test builds: (name, kernel, signature, constexprs, options)."""
+    for x, w, h in (
+        ("bf16", "bf16", 4096),
+        ("bf16", "fp32", 2048),
+        ("fp16", "fp16", 64),
+        ("fp32", "fp32", _MAX_H),
+    ):
+        y = "fp32" if "fp32" in (x, w) else x
+        block, rows, num_warps = _tile(h)
+        consts: dict[str, Any] = {"H": h, "BLOCK_H": block, "ROWS": rows}
+        options = {"num_warps": num_warps, "num_stages": 2}
+        row = {"x_ptr": f"*{x}", "w_ptr": f"*{w}"}
+        yield (
+            f"rms_norm_fwd-{x}-{w}-{h}",
+            _rms_norm_fwd_kernel,
+            {**row, "y_ptr": f"*{y}", "rstd_ptr": "*fp32", "stride_xt": "i32", "n_rows": "i32", "eps": "fp32"},
+            consts,
+            options,
+        )
+        for need_dw in (False, True):
+            yield (
+                f"rms_norm_bwd-{x}-{w}-{h}-dw{need_dw:d}",
+                _rms_norm_bwd_kernel,
+                {
+                    "dy_ptr": f"*{y}",
+                    **row,
+                    "rstd_ptr": "*fp32",
+                    "dx_ptr": f"*{x}",
+                    "partial_ptr": "*fp32",
+                    "stride_dyt": "i32",
+                    "stride_xt": "i32",
+                    "n_rows": "i32",
+                    "n_tiles": "i32",
+                },
+                {**consts, "NEED_DW": need_dw},
+                options,
+            )
+        yield (
+            f"rms_norm_dw-{w}-{h}",
+            _rms_norm_dw_kernel,
+            {"partial_ptr": "*fp32", "dw_ptr": f"*{w}", "n_partials": "i32"},
+            {"H": h, "BLOCK_ROWS": _REDUCE_ROWS, "BLOCK_COLS": _REDUCE_COLS},
+            {"num_warps": 4, "num_stages": 2},
+        )

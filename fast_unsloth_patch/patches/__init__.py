@@ -1,0 +1,1 @@
+"""Forwards that replace Hugging Face's and PEFT's."""

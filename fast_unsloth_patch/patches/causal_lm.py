@@ -1,0 +1,214 @@
+"""LlamaForCausalLM in training: the loss straight from the hidden states, logits only for whoever looks at them.
+
+The base model runs as always. Instead of ``lm_head`` and ``ForCausalLMLoss`` comes `ops.linear_cross_entropy`, and the
+output, which is Hugging Face's own class, carries `lazy_logits` as its logits. Everything but training with labels is
+stock's: evaluation, generation, losses that are not the standard one, heads that are not a plain ``nn.Linear``.
+
+TRL's trainers put their own loss head on the *instance*, so they never come here; ``status()`` shows no calls then.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as _nn_module
+from transformers.loss import loss_utils
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..ops.linear_cross_entropy import compute_dtype, linear_cross_entropy, prepare_labels
+from ..status import tally
+from . import guards
+from .lazy_logits import lazy_logits, reads_logits
+
+_TALLY = tally("llama.loss")
+# As they were when this module was imported: a library that replaces either has its own loss in mind.
+_STOCK_LOSS = loss_utils.ForCausalLMLoss
+_STOCK_CROSS_ENTROPY = loss_utils.fixed_cross_entropy
+_FUNCTIONAL_CROSS_ENTROPY = nn.functional.cross_entropy
+# What guards look at where the head is not one whose weight they could judge; `_head_reason` says so after them.
+_NO_WEIGHT = torch.zeros(1)
+# Arguments that mean something to a cross-entropy and nothing to ours, or that stock itself refuses.
+_LOSS_ARGUMENTS = frozenset(
+    ("label_smoothing", "logits", "output_logits", "reduction", "source", "target", "vocab_size", "weight")
+)
+
+
+def _head_reason(head: Any) -> str | None:
+    """Why ``head`` must be called as a module, or None."""
+    if type(head) is not nn.Linear:
+        return "lm_head is not nn.Linear"
+    if head.bias is not None:
+        return "lm_head has a bias"
+    if (
+        head._forward_hooks
+        or head._forward_pre_hooks
+        or head._backward_hooks
+        or head._backward_pre_hooks
+        or "forward" in head.__dict__
+        or _nn_module._global_forward_hooks
+        or _nn_module._global_forward_pre_hooks
+        or _nn_module._global_backward_hooks
+        or _nn_module._global_backward_pre_hooks
+    ):
+        return "hooks on lm_head"
+    # A parameter, or what FSDP1 and flattening libraries put in its place. DTensor and quantised weights are neither.
+    if type(head.weight) not in (nn.Parameter, torch.Tensor) or head.weight.dim() != 2:
+        return "lm_head.weight is not a plain tensor"
+    return None
+
+
+def _loss_reason(model: Any, labels: torch.Tensor, logits_to_keep: Any, kwargs: dict[str, Any]) -> str | None:
+    """Why the loss of this call is not the standard one, or None."""
+    if (
+        model.loss_function is not _STOCK_LOSS
+        or loss_utils.fixed_cross_entropy is not _STOCK_CROSS_ENTROPY
+        or nn.functional.cross_entropy is not _FUNCTIONAL_CROSS_ENTROPY
+    ):
+        return "loss function"
+    if type(logits_to_keep) is not int or logits_to_keep != 0:
+        return "logits_to_keep"
+    if not _LOSS_ARGUMENTS.isdisjoint(kwargs):
+        return "loss arguments"
+    if type(kwargs.get("ignore_index", -100)) is not int:
+        return "loss arguments"
+    if not isinstance(kwargs.get("num_items_in_batch"), (type(None), int, float, torch.Tensor)):
+        return "loss arguments"
+    shifted = kwargs.get("shift_labels")
+    for tensor in (labels, shifted):
+        if tensor is not None and (type(tensor) is not torch.Tensor or tensor.dtype is not torch.int64):
+            return "labels are not int64"
+    if shifted is None and labels.dim() == 0:
+        return "labels are not int64"
+    if model.config.vocab_size != model.lm_head.weight.shape[0]:
+        return "vocab_size"
+    return None
+
+
+def _why_stock(model: Any, labels: Any, logits_to_keep: Any, kwargs: dict[str, Any]) -> str | None:
+    """Why this call must run stock from the start, or None."""
+    if torch.compiler.is_compiling():
+        return guards.blocked(model, None)
+    head = model.lm_head
+    weight = head.weight if type(head) is nn.Linear else _NO_WEIGHT
+    # guards knows activations: a parameter is the tensor it holds.
+    reason = guards.blocked(model, weight.data if type(weight) is nn.Parameter else weight)
+    if reason is not None:
+        return reason
+    if labels is None:
+        return "no labels"
+    if not model.training or not torch.is_grad_enabled():
+        return "evaluation"
+    if getattr(model, "_is_replica", False):
+        return "DataParallel"
+    reason = _head_reason(head) or _loss_reason(model, labels, logits_to_keep, kwargs)
+    if reason is not None:
+        return reason
+    if reads_logits(model):
+        return "script reads logits"
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        return "CUDA graph capture"
+    return None
+
+
+def _why_stock_head(hidden: torch.Tensor, weight: torch.Tensor, n_labels: int) -> str | None:
+    """Why the base model's output must take the stock head, which for some of these raises its own error, or None."""
+    if type(hidden) is not torch.Tensor or hidden.dim() != 3:
+        return "hidden states"
+    if compute_dtype(hidden) is not compute_dtype(weight):
+        return "dtype mismatch"
+    if hidden.device != weight.device:
+        return "device mismatch"
+    if hidden.shape[0] * hidden.shape[1] != n_labels:
+        return "number of labels"
+    return None
+
+
+def causal_lm_forward(stock):
+    """Build the forward that stands for ``LlamaForCausalLM.forward``.
+
+    Args:
+        stock: the saved forward, with its decorators.
+    Returns:
+        A function of the same parameters. In training with labels it returns the loss of `linear_cross_entropy` and
+        logits that are computed on access, with ``return_dict=False`` as a tuple; in all other cases it returns what
+        ``stock`` returns.
+    """
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        **kwargs,
+    ):
+        reason = _why_stock(self, labels, logits_to_keep, kwargs)
+        if reason is not None:
+            _TALLY.fall_back(reason)
+            return stock(
+                self,
+                input_ids,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                inputs_embeds,
+                labels,
+                use_cache,
+                logits_to_keep,
+                **kwargs,
+            )
+        # As stock's decorator `can_return_tuple`: an argument outranks the configuration, and the layers never see it.
+        return_dict = kwargs.pop("return_dict", None)
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        head = self.lm_head
+        # Before the layers: see `Kept.count`.
+        kept = prepare_labels(
+            labels,
+            kwargs.get("shift_labels"),
+            vocab_size=head.weight.shape[0],
+            ignore_index=kwargs.get("ignore_index", -100),
+            device=head.weight.device,
+        )
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        reason = _why_stock_head(hidden, head.weight, kept.total)
+        if reason is None:
+            _TALLY.hit()
+            loss = linear_cross_entropy(
+                hidden.flatten(0, 1),
+                head.weight,
+                None,
+                num_items=kwargs.get("num_items_in_batch"),
+                kept=kept,
+                tally=_TALLY,
+            )
+            logits = lazy_logits(self, hidden, head.weight, compute_dtype(hidden))
+        else:
+            _TALLY.fall_back(reason)
+            logits = head(hidden)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if return_dict else output.to_tuple()
+
+    return forward

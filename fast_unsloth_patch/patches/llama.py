@@ -1,0 +1,155 @@
+"""Forwards of ``LlamaRMSNorm``, ``LlamaAttention`` and ``LlamaMLP``.
+
+The module's own children are inlined (q, k, v with RoPE; gate, up, down), everything else stays with transformers: the cache, the
+choice of the attention function and its masks, recording of outputs. Each builder takes the stock forward and returns the new
+one, which calls the stock one whenever its conditions do not hold.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import SiLUActivation
+
+from ..ops.lora_linear import lora_linear
+from ..ops.lora_mlp import lora_mlp
+from ..ops.lora_qkv import lora_qkv
+from ..ops.rms_norm import rms_norm
+from ..status import tally
+from . import checkpointing, guards
+from .plan import Plan, children_plan
+
+_RMS_NORM = tally("llama.rms_norm")
+_ATTENTION = tally("llama.attention")
+_MLP = tally("llama.mlp")
+
+_ATTENTION_CHILDREN = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP_CHILDREN = ("gate_proj", "up_proj", "down_proj")
+_SILU = (nn.SiLU, SiLUActivation)
+
+
+def rms_norm_forward(stock: Callable) -> Callable:
+    """``weight * (x * rsqrt(mean(x^2) + eps)).to(x.dtype)`` in one pass."""
+
+    def forward(self, hidden_states):
+        reason = guards.blocked(self, hidden_states) or _norm_weight_reason(self, hidden_states)
+        if reason is not None:
+            _RMS_NORM.fall_back(reason)
+            return stock(self, hidden_states)
+        _RMS_NORM.hit(checkpointing.recomputing())
+        return rms_norm(hidden_states, self._parameters["weight"], self.variance_epsilon, tally=_RMS_NORM)
+
+    return forward
+
+
+def _norm_weight_reason(module: nn.Module, x: torch.Tensor) -> str | None:
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "weight is no parameter"
+    if type(weight) is not nn.Parameter and type(weight) is not torch.Tensor:
+        return f"{type(weight).__name__} weight"
+    if weight.device != x.device:
+        return "meta weight" if weight.is_meta else "weight on another device"
+    return None
+
+
+def attention_forward(stock: Callable) -> Callable:
+    """q, k, v with RoPE as one op, the stock attention function, o_proj as one op.
+
+    Whatever function ``config._attn_implementation`` names gets what the stock forward would give it: q, k, v as
+    [B, heads, S, head_dim], the mask, dropout, scaling and all keyword arguments.
+    """
+    modeling = sys.modules[stock.__module__]
+    rotary = _own_rotary(modeling)
+
+    def forward(
+        self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        plan = (
+            guards.blocked(self, hidden_states)
+            or _rotary_reason(self, hidden_states, position_embeddings, modeling, rotary)
+            or children_plan(self, _ATTENTION_CHILDREN, hidden_states)
+        )
+        # Without autocast, cos and sin of another dtype would promote q and k.
+        if isinstance(plan, Plan) and plan.autocast is None and position_embeddings[0].dtype is not hidden_states.dtype:
+            plan = "rotary dtype"
+        if isinstance(plan, str):
+            _ATTENTION.fall_back(plan)
+            return stock(self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+        _ATTENTION.hit(checkpointing.recomputing())
+        q_proj, k_proj, v_proj, o_proj = plan.projections
+        cos, sin = position_embeddings
+        query, key, value = lora_qkv(hidden_states, q_proj, k_proj, v_proj, cos, sin, self.head_dim, tally=_ATTENTION)
+        # One backward counts once, in the op that backward reaches last.
+        o_tally = None if value.requires_grad else _ATTENTION
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attention = modeling.ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, modeling.eager_attention_forward
+        )
+        attn_output, attn_weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1)
+        return lora_linear(attn_output, o_proj, tally=o_tally), attn_weights
+
+    return forward
+
+
+def _own_rotary(modeling: ModuleType) -> object | None:
+    """transformers' own ``apply_rotary_pos_emb`` (the ``kernels`` package makes it a module), None if it was already replaced."""
+    rotary = modeling.apply_rotary_pos_emb
+    own = isinstance(rotary, nn.Module) or (isinstance(rotary, FunctionType) and rotary.__module__ == modeling.__name__)
+    return rotary if own else None
+
+
+def _rotary_reason(
+    module: nn.Module, x: torch.Tensor, position_embeddings: Any, modeling: ModuleType, rotary: object | None
+) -> str | None:
+    """None if the stock forward would apply transformers' rotary embedding with plain cos and sin [1 or B, S, head_dim]."""
+    # Looked up at each call, as the stock forward does; a hub kernel comes as an instance forward of the same object.
+    current = modeling.apply_rotary_pos_emb
+    if current is not rotary or "forward" in current.__dict__:
+        return "rotary function replaced"
+    if x.dim() != 3:
+        return "input not 3-D"
+    if type(position_embeddings) not in (tuple, list) or len(position_embeddings) != 2:
+        return "position embeddings"
+    cos, sin = position_embeddings
+    if type(cos) is not torch.Tensor or type(sin) is not torch.Tensor:
+        return "position embeddings"
+    shape, (batch, length, _) = cos.shape, x.shape
+    if len(shape) != 3 or shape[0] not in (1, batch) or shape[1] != length or shape[2] != module.head_dim or shape[2] % 2:
+        return "rotary shape"
+    if sin.shape != shape or sin.dtype is not cos.dtype or not cos.dtype.is_floating_point:
+        return "rotary shape"
+    if cos.device != x.device or sin.device != x.device:
+        return "rotary on another device"
+    return "rotary with gradient" if cos.requires_grad or sin.requires_grad else None
+
+
+def mlp_forward(stock: Callable) -> Callable:
+    """``down(silu(gate(x)) * up(x))`` as one op."""
+
+    def forward(self, x):
+        plan = guards.blocked(self, x) or children_plan(self, _MLP_CHILDREN, x, _SILU)
+        if isinstance(plan, str):
+            _MLP.fall_back(plan)
+            return stock(self, x)
+        _MLP.hit(checkpointing.recomputing())
+        gate, up, down = plan.projections
+        return lora_mlp(x, gate, up, down, need_output=not checkpointing.output_unused(self), tally=_MLP)
+
+    return forward

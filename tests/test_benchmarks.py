@@ -1,0 +1,258 @@
+"""The benchmarks on a CPU: workers and plans end to end, parity, floors, the README's tables."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+# not left on the path: `kernels.py` there would pass for Hugging Face's package `kernels`
+sys.path.insert(0, str(BENCHMARKS))
+try:
+    floor, report, shapes, train_step = map(importlib.import_module, ("floor", "report", "shapes", "train_step"))
+finally:
+    sys.path.remove(str(BENCHMARKS))
+
+TINY = {"model": "tiny", "device": "cpu", "dtype": "fp32", "batch": 2, "seq": 32, "steps": 3, "warmup": 1}
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    """One plan of two cases, run once for all tests that look at it."""
+    from conftest import run_python
+
+    folder = tmp_path_factory.mktemp("plan")
+    only_norms = {"impl": "fast", "label": "norms", "only": ["llama.rms_norm"], "rung": 1}
+    cases = [
+        {"checkpointing": True, "impls": ["stock", "fast", only_norms, "unsloth"]},
+        {"mode": "full", "impls": ["stock", "fast"]},
+    ]
+    (folder / "plan.json").write_text(json.dumps({"defaults": TINY, "cases": cases}))
+    arguments = [BENCHMARKS / "train_step.py", "--plan", folder / "plan.json", "--json", folder / "out.json"]
+    done = run_python(None, args=[*arguments, "--host", "--profile", "--run", "first"], timeout=300)
+    return done, json.loads((folder / "out.json").read_text()), folder
+
+
+def test_plan_measures_every_arm(outcome):
+    done, results, _ = outcome
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [(r["label"], r["case"]["mode"], r["status"]) for r in results["rows"]] == [
+        ("stock", "lora", "ok"), ("fast", "lora", "ok"), ("norms", "lora", "ok"), ("unsloth", "lora", "absent"),
+        ("stock", "full", "ok"), ("fast", "full", "ok"),
+    ]  # fmt: skip
+    for row in results["rows"]:
+        if row["status"] != "ok":
+            continue
+        assert len(row["losses"]) == len(row["grad_norms"]) == 4 and len(row["step_ms"]["all"]) == 3
+        assert row["step_ms"]["min"] <= row["step_ms"]["median"] <= row["step_ms"]["max"]
+        assert row["tokens_per_s"] == pytest.approx(64e3 / row["step_ms"]["median"])
+        assert row["first_step_s"] <= row["first_three_s"]
+        assert {"torch", "transformers", "peft", "python"} <= set(row["versions"])
+        assert row["device"] == "CPU" and row["run"] == "first" and row["source"]
+        assert row["host"]["backward_us_per_layer"] > 0
+        assert row["profile"]["top"][0]["ms"] > 0 and row["profile"]["launches"] > 100
+        assert "import" in row["phases"]
+
+
+def test_fast_arms_agree_with_stock_and_ran_fast(outcome):
+    _, results, _ = outcome
+    by_label = {r["label"]: r for r in results["rows"] if r["case"]["mode"] == "lora"}
+    for label in ("fast", "norms"):
+        row = by_label[label]
+        assert row["parity"]["ok"] and row["parity"]["loss_max"] < 1e-5
+        hits = {r["id"]: r["forward"] for r in row["fast"]["rows"]}
+        # two layers with two norms each and the last one; four steps, twelve host and one profiled step
+        assert hits["llama.rms_norm"] == 5 * 17
+        assert (label == "fast") == any(count for name, count in hits.items() if name != "llama.rms_norm")
+    # the loss moves far more than it may differ
+    losses = by_label["stock"]["losses"]
+    assert max(losses) - min(losses) > 1e-3
+    assert by_label["fast"]["trainable"] == by_label["stock"]["trainable"]
+
+
+def test_absent_peer_has_its_reason(outcome):
+    done, results, _ = outcome
+    row = next(r for r in results["rows"] if r["label"] == "unsloth")
+    assert row["reason"] in ("unsloth is not installed", "unsloth needs a CUDA device")
+    assert f"absent: {row['reason']}" in done.stdout
+
+
+def test_absent_peer_is_found_before_anything_is_built(monkeypatch):
+    monkeypatch.setattr(train_step.importlib.util, "find_spec", lambda name: None)
+    found = train_step._work(shapes.Case(**TINY), shapes.Arm("liger"), profile=False, host=False)
+    assert found == {"status": "absent", "reason": "liger_kernel is not installed"}
+
+
+def test_failure_is_a_row_with_the_end_of_the_log(outcome, run_python):
+    _, _, folder = outcome
+    flags = [word for key, value in TINY.items() for word in (f"--{key}", str(value))]
+    arguments = [*flags, "--checkpointing", "--impl", "fast", "--only", "llama.rmsnorm", "--json", folder / "out.json"]
+    done = run_python(None, args=[BENCHMARKS / "train_step.py", *arguments])
+    assert done.returncode == 1
+    row = json.loads((folder / "out.json").read_text())["rows"][-1]
+    assert row["status"] == "failed" and "UnknownPatchError" in row["reason"]
+    assert "Traceback" in row["log_tail"]
+    assert "FAILED Tiny LoRA" in done.stderr
+
+
+def test_worker_that_hangs_is_killed():
+    found = train_step.run_arm(
+        shapes.Case(**TINY), shapes.Arm("stock"), timeout=0.2, cold=True, profile=False, host=False
+    )
+    assert (found["status"], found["reason"]) == ("failed", "no result after 0 s")
+
+
+def test_spent_budget_skips_and_fails(capsys):
+    options = ["--impl", "stock", "--model", "tiny", "--device", "cpu", "--budget", "1"]
+    assert train_step.main(options) == 1
+    assert "skipped: no time left" in capsys.readouterr().out
+
+
+def test_parity_needs_every_number_to_agree():
+    case = shapes.Case(**TINY)
+    stock = {"losses": [6.0, 5.0], "grad_norms": [1.0, 1.0], "run": "r"}
+
+    def ok(losses, norms, case=case):
+        return report.parity({"losses": losses, "grad_norms": norms}, stock, case)["ok"]
+
+    assert ok([6.0, 5.0001], [1.0, 1.001])
+    assert not ok([6.0, 5.01], [1.0, 1.0])
+    assert not ok([6.0, float("nan")], [1.0, 1.0])
+    assert not ok([6.0, 5.0], [1.001, 1.0])  # the first norm is before any update: rounding only
+    assert not ok([6.0, 5.0], [1.0, 1.1])
+    assert ok([6.0, 5.01], [1.001, 1.0], shapes.Case(**TINY | {"dtype": "bf16"}))
+
+
+def test_a_fast_row_without_hits_fails():
+    row = {"impl": "fast", "status": "ok", "fast": {"rows": [{"forward": 0}, {"forward": 0}]}}
+    assert train_step._problem(row) == "no patch took its fast path"
+    assert train_step._problem(row | {"fast": {"rows": [{"forward": 1}]}}) is None
+    assert train_step._problem(row | {"impl": "liger", "status": "oom", "reason": "x"}) is None
+
+
+def test_weights_depend_on_the_name_only():
+    import torch
+
+    plain = shapes.build("tiny", layers=2, dtype=torch.float32, device="cpu")
+    adapted = shapes.build("tiny", layers=1, dtype=torch.float32, device="cpu")
+    adapted = shapes.add_lora(adapted, dropout=0.0, device="cpu")
+    for model in (plain, adapted):
+        shapes.fill_weights(model)
+    expected = dict(plain.named_parameters())
+    shared = 0
+    for name, parameter in adapted.named_parameters():
+        key = shapes.canonical_name(name)
+        if "lora" in key:
+            assert parameter.abs().sum() > 0 and parameter.dtype == torch.float32
+        else:
+            assert torch.equal(parameter, expected[key])
+            shared += 1
+    assert shared == 12  # seven projections, two norms; embedding, last norm, head
+
+
+def test_hollow_checkpoint_loads(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    shapes.write_hollow_checkpoint("tiny", tmp_path, layers=1)
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    shapes.fill_weights(model)
+    ids = torch.tensor([shapes.text_tokens(512, 16)])
+    assert torch.isfinite(model(input_ids=ids, labels=ids).loss)
+    assert len(AutoTokenizer.from_pretrained(tmp_path)("a b").input_ids) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("llama-1b", 1.236), ("llama-8b", 8.030), ("mistral-7b", 7.242), ("mixtral-8x7b", 46.703)]
+)
+def test_shapes_have_the_published_sizes(name, billions):
+    import torch
+
+    model = shapes.build(name, layers=None, dtype=torch.bfloat16, device="meta")
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=1e-3)
+
+
+def test_floor_counts_the_whole_step(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    arguments = ["--model", "tiny", "--batch", "1", "--seq", "16", "--device", "cpu", "--mode", "full"]
+    assert floor.main([*arguments, "--checkpointing", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())["floors"][0]
+    calls = {part["name"]: part["calls"] for part in found["parts"]}
+    # two layers: forward twice with the recompute, dX and dW once; the head is not recomputed
+    assert calls["down forward"] == calls["attention forward"] == 4
+    assert calls["down dX"] == calls["down dW"] == calls["attention backward"] == 2
+    assert calls["lm_head forward"] == calls["lm_head dW"] == 1
+    assert found["total_ms"] == pytest.approx(sum(part["calls"] * part["ms"] for part in found["parts"]))
+    assert found["without_last_gemm_ms"] < found["total_ms"]
+    down = next(part for part in found["parts"] if part["name"] == "down forward")
+    assert down["flops"] == 2 * 16 * 64 * 128
+    assert "floor" in capsys.readouterr().out
+
+
+def _result(impl, ms, run="b", **fields):
+    case = shapes.Case(checkpointing=True)
+    row = {"impl": impl, "label": impl, "run": run, "status": "ok", "cold": False, "case": case.__dict__, "arm": {}}
+    row |= {"step_ms": {"median": ms}, "allocated_gib": ms / 40, "first_three_s": ms / 300}
+    row |= {"versions": {"torch": "2.11.0"}, "device": "NVIDIA H200", "date": "2026-11-25", "commit": "abc", "source": ""}
+    return row | fields
+
+
+def _parity(ok=True):
+    return {"loss_max": 1e-4, "grad_norm_first": 2e-4, "grad_norm_max": 3e-4, "ok": ok}
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A README and a results folder: an older run, a newer one with a ladder, a rerun without stock."""
+    rows = [
+        _result("stock", 2000, run="a"),
+        _result("stock", 1026),
+        _result("fast", 640, parity=_parity()),
+        _result("fast", 700, label="norms", arm={"rung": 1}, parity=_parity()),
+        _result("liger", 874, parity=_parity(ok=False)),
+        _result("unsloth", 0, status="absent", reason="not installed"),
+        _result("fast", 900, cold=True, parity=_parity()),
+        _result("fast", 1, run="c"),
+    ]
+    floors = [{"title": report.floor_title(shapes.Case(checkpointing=True)), "total_ms": 563.2}]
+    results = tmp_path / "results"
+    report.save_results(results / "h200.json", {"rows": rows, "floors": floors})
+    readme = tmp_path / "README.md"
+    markers = [f"<!-- results:begin {name} -->\nold\n<!-- results:end {name} -->" for name in report.TABLES]
+    readme.write_text("# Title\n" + "\n\ntext\n\n".join(markers) + "\nend\n")
+    return readme, results
+
+
+def test_readme_tables_come_from_the_results(written):
+    readme, results = written
+    arguments = ["--readme", str(readme), "--results", str(results)]
+    assert report.main([*arguments, "--check"]) == 1
+    assert report.main(arguments) == 0
+    assert report.main([*arguments, "--check"]) == 0
+    text = readme.read_text()
+    assert text.startswith("# Title\n") and text.endswith("\nend\n") and "old" not in text
+    # the newest run with a stock row: neither the older one nor the rerun of fast alone
+    steps = "| 1026 ms, 25.6 GiB | 640 ms, 16.0 GiB | 874 ms, 21.9 GiB (loss differs) | absent | 563 ms |"
+    assert steps in text
+    assert "| fast_unsloth_patch | 1.0e-04 | 2.0e-04 | 3.0e-04 |" in text
+    assert "| - | 3.0 s | - | - |" in text
+    assert "NVIDIA H200, 2026-11-25, torch 2.11.0; commit abc" in text
+    ladder = text[text.index("begin ladder") :]
+    names = [line.split("|")[1].strip() for line in ladder.splitlines() if line.startswith("| ")]
+    assert names[1:] == ["stock", "Liger", "norms", "fast_unsloth_patch", "floor"]
+    assert (results / "ladder.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_readme_with_a_wrong_marker_is_an_error():
+    with pytest.raises(ValueError, match="known are steps"):
+        report.update("<!-- results:begin speed -->\n<!-- results:end speed -->", [])
+    with pytest.raises(ValueError, match="without <!-- results:end steps -->"):
+        report.update("<!-- results:begin steps -->", [])
+    empty = report.update("<!-- results:begin steps -->\n<!-- results:end steps -->", [])
+    assert "No results recorded yet." in empty
