@@ -54,7 +54,7 @@ def time_ms(calls: list[Call], device: str) -> float:
 
     def round_ms(n: int) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(10_000_000)  # cycles: about 5 ms
+        torch.cuda._sleep(20_000_000)  # cycles: about 10 ms
         begin.record()
         for i in range(n):
             calls[i % len(calls)]()
@@ -104,11 +104,12 @@ class Gemms:
         if self.device == "cpu":
             found = [(time_ms(calls, self.device), "cpu")]
         else:
+            usual = torch.backends.cuda.preferred_blas_library()
             found = []
             for library in ("cublas", "cublaslt"):
                 torch.backends.cuda.preferred_blas_library(library)
                 found.append((time_ms(calls, self.device), library))
-            torch.backends.cuda.preferred_blas_library("default")
+            torch.backends.cuda.preferred_blas_library(usual)
         self._known[key] = min(found)
         return self._known[key]
 

@@ -30,13 +30,14 @@ from shapes import SHAPES, Shape
 from torch import Tensor
 
 if __name__ == "__main__":
-    # The folder of a script comes first on sys.path, where this file would pass for Hugging Face's `kernels`.
+    # The folder of a script comes first on sys.path, where this file would pass for Hugging Face's `kernels`;
+    # the checkout has to come first for its code to be what is measured.
     sys.path[0] = str(report.ROOT)
 
-from fast_unsloth_patch import reference  # noqa: E402  # needs the line above where nothing is installed
-from fast_unsloth_patch.ops.rms_norm import rms_norm  # noqa: E402
-from fast_unsloth_patch.ops.rope import rope  # noqa: E402
-from fast_unsloth_patch.ops.swiglu import swiglu  # noqa: E402
+from fast_unsloth_patch import reference
+from fast_unsloth_patch.ops.rms_norm import rms_norm
+from fast_unsloth_patch.ops.rope import rope
+from fast_unsloth_patch.ops.swiglu import swiglu
 
 DTYPE = torch.bfloat16
 EPS = 1e-5

@@ -132,6 +132,39 @@ def console_table(rows: list[Row]) -> str:
     return "\n".join(texts)
 
 
+def not_fast(row: Row) -> list[str]:
+    """What of the patches that an arm asked for did not run, or ran stock, and why."""
+    reasons = []
+    for patch in row["fast"]["rows"]:
+        calls = ", ".join(f"{reason} {count}x" for reason, count in patch["fallbacks"].items())
+        if patch["state"] != "applied" and patch["reason"] not in ("not in only", "in exclude"):
+            reasons.append(f"{patch['id']} {patch['state']}: {patch['reason']}")
+        elif calls:
+            reasons.append(f"{patch['id']}: {calls}")
+    return reasons
+
+
+def details(row: Row) -> str:
+    """What the table has no room for: fall-backs, host times, the profile, the end of a failed worker's output."""
+    lines = []
+    if "fast" in row:
+        lines += [f"not fast: {reason}" for reason in not_fast(row)]
+    if "host" in row:
+        host = row["host"]
+        forward, backward = host["forward_us_per_layer"], host["backward_us_per_layer"]
+        lines.append(f"host per layer: forward {forward:.0f} us, backward {backward:.0f} us")
+    if "profile" in row:
+        found = row["profile"]
+        lines.append(
+            f"profile: busy {found['busy_ms']:.1f} ms, idle {found['idle_ms']:.1f} ms, {found['launches']} launches"
+        )
+        lines.append("  " + ", ".join(f"{kind} {ms:.1f} ms" for kind, ms in found["kinds"].items()))
+        lines += [f"  {kernel['ms']:9.3f} ms {kernel['count']:6d}  {kernel['name']}" for kernel in found["top"]]
+    if "log_tail" in row:
+        lines += row["log_tail"][-1500:].splitlines()
+    return "".join(f"    {line}\n" for line in lines)
+
+
 def _case(row: Row) -> Case:
     return Case(**row["case"])
 

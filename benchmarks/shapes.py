@@ -8,6 +8,7 @@ Importing this file loads no torch, so that the driver and `report.py` start at 
 from __future__ import annotations
 
 import json
+import math
 import re
 import zlib
 from collections.abc import Callable
@@ -196,33 +197,53 @@ def text_tokens(vocab: int, count: int) -> list[int]:
     return (ids * (count // len(ids) + 1))[:count]
 
 
+def checkpoint_tensors(name: str, layers: int | None) -> dict[str, list[int]]:
+    """Names and shapes of a dense model's tensors, as they are on disk."""
+    shape = SHAPES[name]
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    tensors = {"model.embed_tokens.weight": [shape.vocab, shape.hidden], "model.norm.weight": [shape.hidden]}
+    if not shape.tied:
+        tensors["lm_head.weight"] = [shape.vocab, shape.hidden]
+    layer = {
+        "input_layernorm": [shape.hidden],
+        "post_attention_layernorm": [shape.hidden],
+        "self_attn.q_proj": [queries, shape.hidden],
+        "self_attn.k_proj": [keys, shape.hidden],
+        "self_attn.v_proj": [keys, shape.hidden],
+        "self_attn.o_proj": [shape.hidden, queries],
+        "mlp.gate_proj": [shape.intermediate, shape.hidden],
+        "mlp.up_proj": [shape.intermediate, shape.hidden],
+        "mlp.down_proj": [shape.hidden, shape.intermediate],
+    }
+    for i in range(layers or shape.layers):
+        tensors |= {f"model.layers.{i}.{module}.weight": size for module, size in layer.items()}
+    return tensors
+
+
 def write_hollow_checkpoint(name: str, folder: Path, *, layers: int | None) -> None:
     """A bf16 checkpoint folder in that shape, for libraries that can only load a model from disk.
 
     The weights file is a real safetensors header followed by a hole: it takes no disk space and no time to write, and
-    reads as zeros. `fill_weights` must follow the loading. The tokenizer is a byte-level one with no merges.
+    reads as zeros. `fill_weights` must follow the loading. The tokenizer is a byte-level one with no merges. No model
+    is built here: the library may already have replaced transformers' classes.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    cfg = config(name, layers)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(cfg, dtype=torch.bfloat16)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for key, tensor in model.state_dict().items():
-        if key == "lm_head.weight" and cfg.tie_word_embeddings:
-            continue
-        start, end = end, end + 2 * tensor.numel()
-        header[key] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for key, size in checkpoint_tensors(name, layers).items():
+        start, end = end, end + 2 * math.prod(size)
+        header[key] = {"dtype": "BF16", "shape": size, "data_offsets": [start, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         file.truncate(8 + len(encoded) + end)
-    cfg.architectures = [type(model).__name__]
+    cfg = config(name, layers)
+    cfg.architectures = [f"{SHAPES[name].family.capitalize()}ForCausalLM"]
     cfg.dtype = torch.bfloat16
     cfg.save_pretrained(folder)
 
@@ -281,7 +302,9 @@ def _unsloth(case: Case, arm: Arm, done: Done) -> Any:
     folder = Path.cwd() / f"hollow-{case.model}-{case.layers or 'all'}"
     write_hollow_checkpoint(case.model, folder, layers=case.layers)
     done("hollow checkpoint")
-    checkpointing: bool | str = case.checkpointing and (arm.unsloth_gc == "unsloth" and "unsloth" or True)
+    checkpointing: bool | str = case.checkpointing
+    if case.checkpointing and arm.unsloth_gc == "unsloth":
+        checkpointing = "unsloth"  # its own, which offloads to host memory
     model, _ = unsloth.FastLanguageModel.from_pretrained(
         model_name=str(folder),
         max_seq_length=case.seq,

@@ -45,6 +45,13 @@ from shapes import Arm, Case
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PACKAGES = {"fast": "fast_unsloth_patch", "liger": "liger_kernel", "unsloth": "unsloth"}
+KERNEL_KINDS = {
+    "attention": r"flash|fmha|sdpa|attention",
+    "gemm": r"nvjet|gemm|cutlass|cublas|splitK|aten::(add)?mm",
+    "copy": r"Memcpy|Memset|copy_kernel|CatArray|aten::copy_",
+    "torch": r"at::|aten::",
+    "triton": r"^_?\w+(kernel|_\d+)$|^triton_",
+}
 LEARNING_RATE = {"lora": 2e-4, "full": 1e-5}
 
 
@@ -143,11 +150,17 @@ def _measure(trainer: _Trainer, phases: _Phases) -> dict[str, Any]:
     return result
 
 
-def _kernel_family(name: str) -> str:
-    """A kernel's name without template arguments and tile numbers, so that a step's launches group into few rows."""
-    name = re.sub(r"^void ", "", name)
-    short = re.split(r"[<(]", name, maxsplit=1)[0] or name
-    return re.sub(r"\d{2,}", "#", short) if short.startswith(("nvjet", "sm90", "sm80", "cutlass")) else short
+def _kernel_name(name: str) -> str:
+    """What tells a kernel from others, short enough for a table: its functor, not its argument list."""
+    return re.sub(r"^void |at::native::|at_cuda_detail::|\(anonymous namespace\)::", "", name)[:110]
+
+
+def _kind(name: str) -> str:
+    """The part of a step that a kernel belongs to, by its name."""
+    for kind, pattern in KERNEL_KINDS.items():
+        if re.search(pattern, name):
+            return kind
+    return "other"
 
 
 def _profile(trainer: _Trainer) -> dict[str, Any]:
@@ -163,17 +176,21 @@ def _profile(trainer: _Trainer) -> dict[str, Any]:
         trainer.synchronize()
     wanted = DeviceType.CUDA if on_gpu else DeviceType.CPU
     groups: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0])
+    kinds: dict[str, float] = collections.defaultdict(float)
     for event in profiler.key_averages():
         if event.device_type != wanted or getattr(event, "is_user_annotation", False):
             continue
-        group = groups[_kernel_family(event.key)]
-        group[0] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3
+        ms = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3
+        group = groups[_kernel_name(event.key)]
+        group[0] += ms
         group[1] += event.count
+        kinds[_kind(event.key)] += ms
     rows = sorted(((ms, count, name) for name, (ms, count) in groups.items()), reverse=True)
     return {
         "busy_ms": sum(row[0] for row in rows),
         "launches": sum(row[1] for row in rows),
-        "top": [{"ms": round(ms, 3), "count": count, "name": name[:120]} for ms, count, name in rows[:40]],
+        "kinds": dict(sorted(kinds.items(), key=lambda item: -item[1])),
+        "top": [{"ms": round(ms, 3), "count": count, "name": name} for ms, count, name in rows[:40]],
     }
 
 
@@ -314,25 +331,10 @@ def _problem(row: dict[str, Any]) -> str | None:
     if row["status"] != "ok":
         return f"{row['status']}: {row['reason'].splitlines()[0]}"
     if row["impl"] == "fast" and not any(r["forward"] for r in row["fast"]["rows"]):
-        return "no patch took its fast path"
+        return "; ".join(["no patch took its fast path", *report.not_fast(row)])
     if row.get("parity") and not row["parity"]["ok"]:
         return "losses or gradient norms disagree with stock's"
     return None
-
-
-def _print_extras(row: dict[str, Any]) -> None:
-    if "host" in row:
-        host = row["host"]
-        print(f"    host per layer: forward {host['forward_us_per_layer']:.0f} us, "
-              f"backward {host['backward_us_per_layer']:.0f} us")  # fmt: skip
-    if "profile" in row:
-        found = row["profile"]
-        print(f"    profile of {row['label']}: busy {found['busy_ms']:.1f} ms, "
-              f"idle {found['idle_ms']:.1f} ms, {found['launches']} launches")  # fmt: skip
-        for kernel in found["top"]:
-            print(f"      {kernel['ms']:9.3f} ms {kernel['count']:6d}  {kernel['name'][:90]}")
-    if "log_tail" in row:
-        print("    " + row["log_tail"][-1500:].replace("\n", "\n    "))
 
 
 def _stored_stock(results: dict[str, Any], case: Case) -> dict[str, Any] | None:
@@ -372,7 +374,7 @@ def run_plan(plan: list[tuple[Case, list[Arm]]], options: argparse.Namespace) ->
             problem = _problem(row)
             if problem:
                 problems.append(f"{case.title()}: {arm.name()}: {problem}")
-            _print_extras(row)
+            print(report.details(row), end="", flush=True)
             rows.append(row)
             results["rows"].append(row)
             if path:

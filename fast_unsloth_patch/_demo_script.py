@@ -43,7 +43,7 @@ CPU = Setting(
         "initializer_range": 0.05,
     },
     torch.float32,
-    steps=60,
+    steps=100,
     batch=4,
     seq=128,
     learning_rate=2e-3,

@@ -22,7 +22,7 @@ _NEEDED = ("torch", "transformers", "peft", "accelerate", "wrapt")
 
 # Largest relative difference of any step's loss. Rounding differs, and AdamW amplifies it over the steps: in fp32 to
 # about 1e-5, in bf16 to what two kernels of the same formula differ by. The loss itself falls by a fifth or more.
-_TOLERANCE = {"cpu": 1e-3, "cuda": 2e-2}
+_TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}
 
 
 class _ChildError(Exception):
@@ -142,7 +142,7 @@ def _table(result: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Runs the demo. Exit status: 0 good; 1 the losses disagree or nothing was patched; 2 it could not run."""
     parser = argparse.ArgumentParser(prog="python -m fast_unsloth_patch demo", description=__doc__)
-    parser.add_argument("--steps", type=int, help="training steps of each run (default: 60 on a CPU, 100 on a GPU)")
+    parser.add_argument("--steps", type=int, help="training steps of each run (default: 100)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--json", action="store_true", help="the result as JSON; progress goes to stderr")
     options = parser.parse_args(argv)

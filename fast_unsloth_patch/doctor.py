@@ -1,8 +1,8 @@
 """``python -m fast_unsloth_patch doctor``: what will run fast on this machine, and why something will not.
 
-Checks the installed versions, the GPU, every patch (really installed, so another patcher is noticed), every op (a real
-forward and backward against its reference in float64) and the start-up file. Exit status 0: good; 1: degraded, something
-runs stock or without a GPU; 2: broken, something is missing or computes wrong.
+Checks the installed versions, the start-up file, the GPU, every op (a real forward and backward against its reference
+in float64) and every patch (really installed, so another patcher is noticed). Exit status 0: good; 1: degraded,
+something runs stock or without a GPU; 2: broken, something is missing or computes wrong.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import __version__, apply, bootstrap, compat, registry, status, unapply
+from .errors import FastPatchWarning
 
 if TYPE_CHECKING:
     import torch
@@ -60,22 +61,29 @@ def main(argv: list[str]) -> int:
             print(f"{check.state:<9}{check.section:<12}{check.name:<30}{check.detail}", flush=True)
     worst = max(_EXIT[check.state] for check in found)
     if as_json:
-        print(json.dumps({"verdict": _VERDICTS[worst], "exit": worst, "checks": [c._asdict() for c in found]}, indent=1))
+        rows = [check._asdict() for check in found]
+        print(json.dumps({"verdict": _VERDICTS[worst], "exit": worst, "checks": rows}, indent=1))
     else:
-        print(f"\n{_VERDICTS[worst]}" + "".join(f"\n  {c.name}: {c.detail}" for c in found if _EXIT[c.state]))
+        print("", _VERDICTS[worst], *(f"  {c.name}: {c.detail}" for c in found if _EXIT[c.state]), sep="\n")
     return worst
 
 
 def checks() -> Iterator[Check]:
-    """Every check, in order; what cannot be checked without an earlier one is left out."""
-    yield from _environment()
-    yield from _versions()
-    yield _startup_file()
+    """Every check, in order; what cannot be checked for want of a package is left out."""
+    sections = [_environment, _versions, _startup]
     if compat.outside_window("torch") is None:
-        yield from _gpu()
-        yield from _ops()
+        sections += [_gpu, _ops]
     if all(compat.outside_window(name) is None for name in _ESSENTIAL):
-        yield from _patches()
+        sections.append(_patches)
+    for section in sections:
+        try:
+            yield from section()
+        except Exception as error:  # Whatever is wrong with this machine is what the doctor was called for.
+            yield Check(section.__name__.strip("_"), "failed", "broken", _describe(error))
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _environment() -> Iterator[Check]:
@@ -109,7 +117,7 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def _startup_file() -> Check:
+def _startup() -> Iterator[Check]:
     """Ask a fresh interpreter with ``FAST_UNSLOTH=1`` whether it got a call from the start-up file."""
     code = "import sys; b = sys.modules.get('fast_unsloth_patch.bootstrap'); print(b is not None and b.armed())"
     child = subprocess.run(
@@ -120,12 +128,12 @@ def _startup_file() -> Check:
         timeout=60,
     )
     if child.stdout.strip() == "True":
-        return Check("environment", "start-up file", "ok", f"{bootstrap.VARIABLE}=1 works for every script")
+        yield Check("startup", "start-up file", "ok", f"{bootstrap.VARIABLE}=1 works for every script")
+        return
     detail = "not active here (no installed package, or start-up files are not read): "
     detail += f"{bootstrap.VARIABLE}=1 needs `python -m fast_unsloth_patch run`; apply() works"
     # Whoever has set the variable believes that it does something.
-    state = "degraded" if bootstrap.mode() in ("on", "strict") else "note"
-    return Check("environment", "start-up file", state, detail)
+    yield Check("startup", "start-up file", "degraded" if bootstrap.mode() in ("on", "strict") else "note", detail)
 
 
 def _gpu() -> Iterator[Check]:
@@ -135,7 +143,7 @@ def _gpu() -> Iterator[Check]:
 
     if not torch.cuda.is_available():
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA in this torch"
-        yield Check("gpu", "none", "degraded", f"{built}: the ops run their PyTorch reference, no faster than stock")
+        yield Check("gpu", "no GPU", "degraded", f"{built}: the ops run their PyTorch reference, no faster than stock")
         return
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
@@ -148,13 +156,16 @@ def _gpu() -> Iterator[Check]:
 def _patches() -> Iterator[Check]:
     """Install everything as a script would, with the variables that are set, and see what declines."""
     was_active = status().environment["active"]
-    with warnings.catch_warnings():
-        # The reasons come with the rows.
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         apply()
         for module in {patch.module: None for patch in registry.PATCHES}:
             if compat.outside_window(module.partition(".")[0]) is None:
                 importlib.import_module(module)
+    # What declines has its reason in its row; this is about variables.
+    for warning in caught:
+        if issubclass(warning.category, FastPatchWarning) and "#activation" in str(warning.message):
+            yield Check("patches", "configuration", "degraded", str(warning.message))
     try:
         for row in status().rows:
             state = "ok" if row.state == "applied" else "degraded"
@@ -187,15 +198,20 @@ class OpCase(NamedTuple):
 
 
 def _check_op(case: OpCase, device: str, dtype: torch.dtype) -> Check:
+    import torch
+
+    from .ops._dispatch import use_triton
+
     name = str(dtype).removeprefix("torch.")
     start = time.perf_counter()
     try:
         forward, backward = op_errors(case, device, dtype)
-    except Exception as error:  # Whatever goes wrong in an op is what the doctor was called for.
-        first_line = str(error).strip().partition("\n")[0]
-        return Check("ops", f"{case.name} {name}", "broken", f"{type(error).__name__}: {first_line}")
+    except Exception as error:  # As in checks(): the other ops are still worth knowing about.
+        return Check("ops", f"{case.name} {name}", "broken", _describe(error))
     good = max(forward, backward) <= _TOLERANCES[name]
-    detail = f"error {forward:.1e} forward, {backward:.1e} backward on {device}, {time.perf_counter() - start:.1f} s"
+    kind = "Triton" if use_triton(torch.empty(0, device=device, dtype=dtype)) else "reference"
+    detail = f"error {forward:.1e} forward, {backward:.1e} backward"
+    detail += f" ({kind} on {device}, {time.perf_counter() - start:.1f} s)"
     return Check("ops", f"{case.name} {name}", "ok" if good else "broken", detail)
 
 
@@ -226,7 +242,7 @@ def op_errors(case: OpCase, device: str, dtype: torch.dtype) -> tuple[float, flo
 
 
 def op_cases() -> Iterator[OpCase]:
-    """Every op at a small shape that is no multiple of a tile: 2 x 33 tokens, 128 wide, 4 heads over 2, LoRA of rank 8."""
+    """Every op at a small shape: 2 x 33 tokens (no multiple of a tile), 128 wide, 4 heads over 2, LoRA of rank 8."""
     import torch
 
     from .ops.linear_cross_entropy import linear_cross_entropy

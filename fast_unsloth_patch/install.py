@@ -61,8 +61,8 @@ def apply(*, only: Any = None, exclude: Any = None, strict: bool | None = None, 
     """See :func:`fast_unsloth_patch.apply`."""
     if bootstrap.mode() == "off":
         return status()
-    bootstrap.disarm()
     config = bootstrap.configure(only, exclude, strict, recompute)
+    bootstrap.disarm()
     problems = _apply(config, import_now=config.strict)
     asked_for = {i: why for i, why in problems.items() if config.strict or i in config.named}
     if asked_for:
@@ -84,8 +84,7 @@ def unapply() -> None:
     with _lock:
         _state.active = False
         stuck = _restore(lambda record: True)
-    if stuck:
-        warn("conflicts", f"unapply() leaves in place what others have put over it since: {', '.join(stuck)}")
+    _warn_stuck(stuck)
 
 
 def status(model: Any = None) -> Status:
@@ -116,7 +115,8 @@ def _apply(config: Config, import_now: bool) -> dict[str, str]:
     with _lock:
         _state.config, _state.active = config, True
         _state.declined.clear()
-        _restore(lambda record: record.patch.id in config.left_out)
+        stuck = _restore(lambda record: record.patch.id in config.left_out)
+    _warn_stuck(stuck)
     announce(status)
     problems: dict[str, str] = {}
     modules: dict[str, list[str]] = {}
@@ -342,6 +342,11 @@ def _warn_declined(problems: dict[str, str]) -> None:
     for reason, ids in _by_reason(problems).items():
         slug = "conflicts" if reason.startswith("conflict") else "declined"
         warn(slug, f"{', '.join(ids)}: runs stock, because {reason}")
+
+
+def _warn_stuck(targets: list[str]) -> None:
+    if targets:
+        warn("conflicts", f"others have replaced {', '.join(targets)} since, which is left as it is")
 
 
 def _by_reason(problems: dict[str, str]) -> dict[str, list[str]]:

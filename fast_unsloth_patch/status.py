@@ -147,6 +147,9 @@ class Row:
         self.fallbacks = dict(counts.fallbacks)
         self.modules = modules
 
+    def __repr__(self) -> str:
+        return f"Row({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
+
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data."""
         return {name: getattr(self, name) for name in self.__slots__}

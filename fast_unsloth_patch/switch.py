@@ -32,7 +32,7 @@ def stock_only() -> bool:
 stock_only._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-class disabled:  # noqa: N801  # Used like a function; contextlib would double what importing the package costs.
+class disabled:  # Used like a function. contextlib.contextmanager would double the cost of importing the package.
     """Run forwards stock inside the ``with`` block, in this thread or task; nothing is patched or unpatched."""
 
     def __init__(self) -> None:

@@ -199,7 +199,7 @@ import fast_unsloth_patch as fup
 fup.apply()
 from transformers.models.llama import modeling_llama
 print(modeling_llama.LlamaMLP().forward(3))
-print(fup.status()["llama.mlp"])
+print(fup.status()["llama.mlp"].reason)
 """
     )
     done = run_python(code, env={"PYTHONPATH": stubs()})

@@ -74,11 +74,13 @@ def environment(request, source, tmp_path_factory):
     (site / "zz_ours.pth").write_text(sysconfig.get_path("purelib") + "\n")
     python = folder / "bin" / "python"
     what = ["-e", str(source)] if request.param == "editable" else [str(source)]
-    options = ["--no-deps", "--no-build-isolation", "--no-index", "-q", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "--python", str(python), "install", *options, *what]
-    done = subprocess.run(command, capture_output=True, text=True)
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "--python", str(python)]
+    options = ["--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run([*pip, "install", *options, *what], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return python, site
+    yield python, site
+    done = subprocess.run([*pip, "uninstall", "-y", "fast-unsloth-patch"], capture_output=True, text=True)
+    assert done.returncode == 0 and not list(site.glob("*fast_unsloth_patch*")), "uninstalling removes every file"
 
 
 def run(python, *args, variables=None, cwd=None):
@@ -88,7 +90,7 @@ def run(python, *args, variables=None, cwd=None):
     return subprocess.run([str(python), *args], env=env, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
-def test_installed_files_and_uninstall(environment):
+def test_installed_files(environment):
     python, site = environment
     assert (site / "fast_unsloth_patch.pth").read_text() == LINE
     assert (site / "fast_unsloth_patch.start").read_text() == "fast_unsloth_patch.bootstrap:activate\n"

@@ -23,18 +23,18 @@ def _run(losses, device="cpu"):
 
 
 def test_stock_and_fast_agree_and_fast_was_patched(run_python):
-    done = run_python(None, args=["-m", "fast_unsloth_patch", "demo", "--steps", "3", "--device", "cpu", "--json"])
+    done = run_python(None, args=["-m", "fast_unsloth_patch", "demo", "--steps", "8", "--device", "cpu", "--json"])
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     stock, fast = result["stock"], result["fast"]
-    assert stock["steps"] == len(stock["losses"]) == len(fast["losses"]) == 3
+    assert stock["steps"] == len(stock["losses"]) == len(fast["losses"]) == 8
     assert stock["losses"] == pytest.approx(fast["losses"], rel=1e-5)
-    assert abs(stock["losses"][0] - stock["losses"][2]) > 0.05  # the loss moves by far more than it may differ
+    assert stock["losses"][0] - stock["losses"][7] > 0.5  # the loss moves by far more than it may differ
     assert fast["tokens_per_s"] > 0 and fast["peak_bytes"] > 100 * 2**20
     rows = {row["id"]: row for row in result["status"]}
-    # four layers, two norms each and the last one; three steps
-    assert rows["llama.rms_norm"]["forward"] == 27
-    assert "stock  step 3/3" in done.stderr and "fast   step 3/3" in done.stderr
+    # four layers, two norms each and the last one; eight steps
+    assert rows["llama.rms_norm"]["forward"] == 72
+    assert "stock  step 8/8" in done.stderr and "fast   step 8/8" in done.stderr
 
 
 def test_the_script_imports_nothing_of_ours():

@@ -18,18 +18,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fast_unsloth_patch.registry import MISSING, PATCHES
 from fast_unsloth_patch.status import tally
 
-LAYERS = ("llama.rms_norm", "llama.attention", "llama.mlp", "llama.checkpointing", "peft.linear")
+FORWARDS = ("llama.rms_norm", "llama.attention", "llama.mlp", "llama.checkpointing", "peft.linear")
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Decoder layers of a tiny model.
+LAYERS = 2
 # Relative to stock in float32, DESIGN.md section 1.
 FP32 = 1e-5
 
 
 @contextmanager
 def patched(*ids: str):
-    """The patches ``ids`` installed, without the mechanism of ``apply``; on leaving, the identical stock objects are back."""
+    """The patches ``ids`` installed without the mechanism of ``apply``; on leaving, the stock objects are back."""
     saved = []
     for patch in PATCHES:
-        if patch.id not in (ids or LAYERS):
+        if patch.id not in (ids or FORWARDS):
             continue
         owner_name, attribute = patch.target.split(".")
         owner = getattr(importlib.import_module(patch.module), owner_name)
@@ -61,7 +63,7 @@ def fallbacks(patch_id: str) -> dict[str, int]:
 def tiny_config(**overrides: Any) -> LlamaConfig:
     values: dict[str, Any] = {
         "hidden_size": 64,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": LAYERS,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "intermediate_size": 128,
@@ -74,7 +76,7 @@ def tiny_config(**overrides: Any) -> LlamaConfig:
 
 
 def llama(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
-    """A model with random weights: large enough that nothing is close to linear or to zero, and not so large that attention saturates.
+    """A model with random weights, neither close to linear or to zero nor so large that attention saturates.
 
     (Saturated, a bf16 gradient is off by 10 or, once in ten seeds, by 70 %, stock's as well.)
     """
@@ -123,7 +125,9 @@ class Result(NamedTuple):
     output: Any
 
 
-def run(model, inputs: dict[str, Any], *, autocast: torch.dtype | None = None, keep_logits: bool = True, **kwargs: Any) -> Result:
+def run(
+    model, inputs: dict[str, Any], *, autocast: torch.dtype | None = None, keep_logits: bool = True, **kwargs: Any
+) -> Result:
     """One training step without the optimizer."""
     model.zero_grad(set_to_none=True)
     device = next(model.parameters()).device
@@ -178,3 +182,28 @@ def assert_as_good(fast: Result, stock: Result, exact: Result, factor: float = 2
         if not distance(a, b) <= factor * scale:
             far[name] = (distance(a, b), scale)
     assert not far, far
+
+
+def both(model, inputs, **kwargs):
+    """The fast and the stock run: the fast path's forwards and backwards are counted in one, absent from the other."""
+    forward, backward = hits(), backwards()
+    with patched():
+        fast = run(model, inputs, **kwargs)
+    new_forward = {k: hits()[k] - forward[k] for k in forward}
+    new_backward = {k: backwards()[k] - backward[k] for k in backward}
+    stock = run(model, inputs, **kwargs)
+    assert {k: hits()[k] - forward[k] for k in forward} == new_forward, "the stock arm took the fast path"
+    return fast, stock, new_forward, new_backward
+
+
+def check(model, inputs, *, norm=2 * LAYERS + 1, attention=LAYERS, mlp=LAYERS, linear=0, tolerance=FP32, **kwargs):
+    """Fast equals stock, with exactly these fast forwards."""
+    fast, stock, forward, _ = both(model, inputs, **kwargs)
+    assert_same(fast, stock, tolerance)
+    got = (forward["llama.rms_norm"], forward["llama.attention"], forward["llama.mlp"], forward["peft.linear"])
+    assert got == (norm, attention, mlp, linear)
+    return fast, stock
+
+
+def layers_of(model):
+    return model.get_base_model().model.layers if hasattr(model, "peft_config") else model.model.layers

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from ._autograd import once_differentiable
 from ._dispatch import use_triton
 from .dropout import draw_seed, dropout_bits
-from .low_rank import Siblings, down, expand, outer
+from .low_rank import Layout, Siblings, down, expand, layout_of, mm_wide, outer, pack
 
 
 class Adapter(NamedTuple):
@@ -148,13 +148,35 @@ def adapted(group: list[Operands]) -> list[Operands]:
     return [op for op in group if op.a is not None]
 
 
-def project_down(x: torch.Tensor, group: list[Operands], masks: torch.Tensor | None, dtype: torch.dtype):
-    """u = dropout(x) A^T for the adapters of ``group`` [T, slots]; None if there is none."""
+def layout(group: list[Operands]) -> Layout:
+    """Where the adapters of ``group`` are in u."""
+    return layout_of(tuple([op.a.shape[0] for op in group if op.a is not None]))
+
+
+class Low(NamedTuple):
+    """What the forward keeps of its low-rank branch.
+
+    Args:
+        u: ``scaling * dropout(x) A^T`` of all adapters [T, slots]: the scaling is in it, so that y takes ``u B^T`` and dB is ``dy^T u``.
+        packed: the scaled A's in the compute dtype [slots, K], where library GEMMs run; else None.
+    """
+
+    u: torch.Tensor | None
+    packed: torch.Tensor | None
+
+
+def project_down(x: torch.Tensor, group: list[Operands], masks: torch.Tensor | None, dtype: torch.dtype) -> Low:
+    """u of the adapters of ``group``; empty if there is none."""
     with_adapter = adapted(group)
     if not with_adapter:
-        return None
-    scales = tuple(keep_scale(op.dropout) for op in with_adapter)
-    return down(x, Siblings(tuple(op.a for op in with_adapter), scales, None, masks), dtype)  # type: ignore[misc]
+        return Low(None, None)
+    a = tuple([op.a.contiguous() for op in with_adapter])  # type: ignore[union-attr]
+    if masks is None and x.dtype is dtype:
+        buffer, _ = pack(Siblings(a, tuple([op.scaling for op in with_adapter])), dtype)
+        packed = buffer.view(-1, x.shape[1])
+        return Low(torch.mm(x, packed.t()), packed)
+    scales = tuple([op.scaling * keep_scale(op.dropout) for op in with_adapter])
+    return Low(down(x, Siblings(a, scales, masks=masks), dtype), None)
 
 
 def effective_bias(op: Operands, dtype: torch.dtype) -> torch.Tensor | None:
@@ -180,8 +202,13 @@ def linear_forward(x: torch.Tensor, op: Operands, u: torch.Tensor | None, dtypes
     y = torch.empty((x.shape[0], op.weight.shape[0]), dtype=dtypes.base, device=x.device)
     if u is None:
         return base_linear(x, op, y, accumulate=False)
-    expand(u, Siblings((op.b.t(),), (op.scaling,)), dtypes.low, y)  # type: ignore[union-attr]
+    add_update(u, op, dtypes.low, y)
     return base_linear(x, op, y, accumulate=True)
+
+
+def add_update(u: torch.Tensor, op: Operands, dtype: torch.dtype, y: torch.Tensor) -> None:
+    """``y = u B^T`` for one adapter, for a GEMM to accumulate on."""
+    expand(u, Siblings((op.b.contiguous(),), (1.0,), by_rows=True), dtype, y)  # type: ignore[union-attr]
 
 
 class OperandGrads(NamedTuple):
@@ -197,7 +224,7 @@ class OperandGrads(NamedTuple):
 def siblings_backward(
     dy: torch.Tensor,
     x: torch.Tensor,
-    u: torch.Tensor | None,
+    low: Low,
     group: list[Operands],
     masks: torch.Tensor | None,
     dtypes: Dtypes,
@@ -207,12 +234,12 @@ def siblings_backward(
 ) -> tuple[torch.Tensor | None, list[OperandGrads]]:
     """Backward of projections that share the input x.
 
-    ``dx = sum_j dy_j W_j + c_j ((s_j dy_j B_j) A_j) * m_j``; ``dA = (s dy B)^T dropout(x)``; ``dB = s dy^T u``; ``dW = dy^T x``.
+    ``du_j = s_j dy_j B_j``; ``dx = sum_j dy_j W_j + c_j (du_j A_j) * m_j``; ``dA = du^T dropout(x)``; ``dB = dy^T u``; ``dW = dy^T x``.
 
     Args:
         dy: [T, sum of N], the siblings' gradients side by side, in ``dtypes.base``.
         x: [T, K] in ``dtypes.base``.
-        u: [T, slots] of the siblings that have an adapter, or None.
+        low: what ``project_down`` gave.
         group: the siblings.
         masks: keep masks of the siblings that have an adapter, or None.
         needs: ``needs_input_grad`` of the siblings' tensors, five each.
@@ -224,43 +251,107 @@ def siblings_backward(
     starts = [0]
     for op in group:
         starts.append(starts[-1] + op.weight.shape[0])
-    with_adapter = adapted(group)
     grads: list[dict[str, Any]] = [{} for _ in group]
     where = [i for i, op in enumerate(group) if op.a is not None]
     dx = None
-    if with_adapter:
-        scalings = tuple(op.scaling for op in with_adapter)
-        kept = tuple(keep_scale(op.dropout) for op in with_adapter)
-        a = tuple(op.a for op in with_adapter)
-        b = tuple(op.b.t() for op in with_adapter)  # type: ignore[union-attr]
-        on_dy = Siblings(b, scalings, tuple(starts[i] for i in where))
-        on_x = Siblings(a, kept, None, masks)  # type: ignore[arg-type]
-        if any(needs[i * TENSORS + 3] for i in where):
-            for i, db in zip(where, outer(dy, u, on_dy, dtypes.low, transposed=True)):  # type: ignore[arg-type]
+    if where:
+        need_a = any([needs[i * TENSORS + 2] for i in where])
+        need_b = any([needs[i * TENSORS + 3] for i in where])
+        some = [group[i] for i in where]
+        if need_b:
+            for i, db in zip(where, b_gradients(dy, low.u, some, [starts[i] for i in where], dtypes)):
                 grads[i]["b"] = db
-        need_a = any(needs[i * TENSORS + 2] for i in where)
         if need_a or need_dx:
-            du = down(dy, on_dy, dtypes.low)
+            du = down_gradient(dy, some, [starts[i] for i in where], dtypes)
             if need_a:
-                for i, da in zip(where, outer(x, du, on_x, dtypes.low)):
+                for i, da in zip(where, a_gradients(du, x, low, some, masks, dtypes)):
                     grads[i]["a"] = da
             if need_dx:
-                dx = expand(du, on_x, dtypes.low, torch.empty_like(x))
+                dx = _low_dx(du, x, low, some, masks, dtypes)
     for i, op in enumerate(group):
         dy_i = dy[:, starts[i] : starts[i + 1]]
-        need_weight, need_bias, _, _, need_lora_bias = needs[i * TENSORS : (i + 1) * TENSORS]
-        if need_weight:
-            grads[i]["weight"] = torch.mm(dy_i.t(), x).to(op.weight.dtype)
-        if need_bias or need_lora_bias:
-            total = dy_i.sum(0, dtype=torch.float32)
-            if need_bias:
-                grads[i]["bias"] = total.to(op.bias.dtype)  # type: ignore[union-attr]
-            if need_lora_bias:
-                grads[i]["lora_bias"] = (total * op.scaling).to(op.lora_bias.dtype)  # type: ignore[union-attr]
+        grads[i].update(base_grads(dy_i, x, op, needs[i * TENSORS : (i + 1) * TENSORS]))
         if need_dx:
             weight = op.weight.to(dtypes.base)
             dx = torch.mm(dy_i, weight) if dx is None else dx.addmm_(dy_i, weight)
     return dx, [OperandGrads(**g) for g in grads]
+
+
+def _columns_of(dy: torch.Tensor, group: list[Operands], starts: list[int]) -> list[torch.Tensor]:
+    return [dy[:, start : start + op.weight.shape[0]] for op, start in zip(group, starts)]
+
+
+def b_gradients(dy, u, group: list[Operands], starts: list[int], dtypes: Dtypes) -> list[torch.Tensor]:
+    """``dB_j = dy_j^T u_j``."""
+    if dtypes.base is not dtypes.low:
+        b = tuple([op.b.contiguous() for op in group])  # type: ignore[union-attr]
+        return outer(dy, u, Siblings(b, (1.0,) * len(group), by_rows=True, starts=tuple(starts)), dtypes.low)
+    place = layout(group)
+    grads = []
+    for part, op, at, n in zip(_columns_of(dy, group, starts), group, place.starts, place.slots):
+        db = mm_wide(part.t(), u[:, at : at + n], op.b.dtype)  # type: ignore[union-attr]
+        rank = op.b.shape[1]  # type: ignore[union-attr]
+        grads.append(db if rank == n else db[:, :rank].contiguous())
+    return grads
+
+
+def down_gradient(dy: torch.Tensor, group: list[Operands], starts: list[int], dtypes: Dtypes) -> torch.Tensor:
+    """``du_j = s_j dy_j B_j`` [T, slots] of projections with an adapter; ``starts``: their first columns in dy."""
+    b = tuple([op.b.contiguous() for op in group])  # type: ignore[union-attr]
+    on_dy = Siblings(b, tuple([op.scaling for op in group]), by_rows=True, starts=tuple(starts))
+    if dtypes.base is not dtypes.low:
+        return down(dy, on_dy, dtypes.low)
+    _, packed = pack(on_dy, dtypes.low)
+    if len(group) == 1:
+        return torch.mm(_columns_of(dy, group, starts)[0], packed[0])
+    place = layout(group)
+    du = torch.empty((dy.shape[0], place.width), dtype=dtypes.low, device=dy.device)
+    for part, matrix, at, n in zip(_columns_of(dy, group, starts), packed, place.starts, place.slots):
+        torch.mm(part, matrix, out=du[:, at : at + n])
+    return du
+
+
+def a_gradients(du, x, low: Low, group: list[Operands], masks, dtypes: Dtypes) -> list[torch.Tensor]:
+    """``dA_j = du_j^T dropout(x)``."""
+    if low.packed is None:
+        return outer(x, du, _on_x(group, masks), dtypes.low)
+    da = mm_wide(du.t(), x, group[0].a.dtype)  # type: ignore[union-attr]
+    return [da[at : at + op.a.shape[0]] for op, at in zip(group, layout(group).starts)]  # type: ignore[union-attr]
+
+
+def _low_dx(du, x, low: Low, group: list[Operands], masks, dtypes: Dtypes) -> torch.Tensor:
+    """``sum_j c_j (du_j A_j) * m_j`` [T, K], for the base GEMMs to accumulate on."""
+    dx = torch.empty_like(x)
+    if low.packed is None:
+        return expand(du, _on_x(group, masks), dtypes.low, dx)
+    # The packed A's carry the scaling, which du has already.
+    undo = [1.0 / op.scaling if op.scaling else 0.0 for op in group]
+    if len(set(undo)) == 1:
+        return dx.addmm_(du, low.packed, beta=0, alpha=undo[0])
+    place = layout(group)
+    for i, (at, n) in enumerate(zip(place.starts, place.slots)):
+        dx.addmm_(du[:, at : at + n], low.packed[at : at + n], beta=0 if i == 0 else 1, alpha=undo[i])
+    return dx
+
+
+def _on_x(group: list[Operands], masks: torch.Tensor | None) -> Siblings:
+    a = tuple([op.a.contiguous() for op in group])  # type: ignore[union-attr]
+    return Siblings(a, tuple([keep_scale(op.dropout) for op in group]), masks=masks)
+
+
+def base_grads(dy: torch.Tensor, x: torch.Tensor, op: Operands, needs: tuple[bool, ...]) -> dict[str, torch.Tensor]:
+    """Gradients of the base weight and of the biases, where needed; ``needs`` in the order of the tensor arguments."""
+    need_weight, need_bias, _, _, need_lora_bias = needs
+    grads = {}
+    if need_weight:
+        grads["weight"] = torch.mm(dy.t(), x).to(op.weight.dtype)
+    if need_bias or need_lora_bias:
+        total = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
+        if need_bias:
+            grads["bias"] = total.to(op.bias.dtype)  # type: ignore[union-attr]
+        if need_lora_bias:
+            grads["lora_bias"] = (total * op.scaling).to(op.lora_bias.dtype)  # type: ignore[union-attr]
+    return grads
 
 
 def rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -283,9 +374,9 @@ class LoraLinear(Function):
         (op,) = operands((weight, bias, a, b, lora_bias), (values,))
         x2d = rows(x, dtypes.base)
         masks = draw_masks(x2d, [op], seed) if a is not None else None
-        u = project_down(x2d, [op], masks, dtypes.low)
-        y = linear_forward(x2d, op, u, dtypes)
-        ctx.save_for_backward(x2d, u, masks, weight, bias, a, b, lora_bias)
+        low = project_down(x2d, [op], masks, dtypes.low)
+        y = linear_forward(x2d, op, low.u, dtypes)
+        ctx.save_for_backward(x2d, *low, masks, weight, bias, a, b, lora_bias)
         ctx.values, ctx.dtypes, ctx.tally = values, dtypes, tally
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -295,11 +386,11 @@ class LoraLinear(Function):
     def backward(ctx, dy):
         if ctx.tally is not None:
             ctx.tally.hit_backward()
-        x, u, masks, *tensors = ctx.saved_tensors
+        x, u, packed, masks, *tensors = ctx.saved_tensors
         group = operands(tuple(tensors), (ctx.values,))
         with without_autocast(dy):
             dx, (grads,) = siblings_backward(
-                rows(dy, ctx.dtypes.base), x, u, group, masks, ctx.dtypes, ctx.needs_input_grad[1:6], need_dx=ctx.needs_input_grad[0]
+                rows(dy, ctx.dtypes.base), x, Low(u, packed), group, masks, ctx.dtypes, ctx.needs_input_grad[1:6], need_dx=ctx.needs_input_grad[0]
             )
         if dx is not None:
             dx = dx.view(ctx.x_shape).to(ctx.x_dtype)

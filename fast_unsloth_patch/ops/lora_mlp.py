@@ -20,23 +20,30 @@ from typing import Any
 
 import torch
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from ._autograd import once_differentiable
 from ._dispatch import use_triton
 from ._launch import jit, launch, tl
 from .lora_linear import (
     TENSORS,
     Dtypes,
+    Low,
     OperandGrads,
     Operands,
     Projection,
+    a_gradients,
     adapted,
+    add_update,
+    b_gradients,
+    base_grads,
     base_linear,
     check_width,
+    down_gradient,
     draw_masks,
     factors,
     flatten,
     keep_scale,
+    layout,
     linear_forward,
     operands,
     project_down,
@@ -46,84 +53,91 @@ from .lora_linear import (
     siblings_backward,
     without_autocast,
 )
-from .low_rank import Siblings, down, dropped, expand, outer, precision, rank_slots, slot_starts, widened
+from .low_rank import Siblings, dropped, expand, load_factor, precision, rank_slots, widened
 
 _MAX_FUSED_SLOTS = 64
-_BLOCK_T, _BLOCK_N = 32, 128
+_BLOCK_T, _BLOCK_N = 16, 128
 _DOWN_STREAM = 8
 
 
 @jit
-def _update(u_ptr, m_ptr, rows, cols, row_mask, col_mask, scale, FIRST: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr,
-            SLOTS: tl.constexpr, SR: tl.constexpr, SN: tl.constexpr, PRECISION: tl.constexpr):
-    # scale * u M for one tile; M is [r, N] with strides SR, SN.
-    ranks = tl.arange(0, SLOTS)
-    u = tl.load(u_ptr + rows[:, None] * WIDTH + (FIRST + ranks)[None, :], mask=row_mask[:, None], other=0.0)
-    at = m_ptr + ranks[:, None] * SR + cols[None, :] * SN
-    m = tl.load(at, mask=(ranks < R)[:, None] & col_mask[None, :], other=0.0).to(u.dtype)
-    return tl.dot(u, m, input_precision=PRECISION) * scale
-
-
-@jit
-def _gate_and_up(gu_ptr, u_ptr, bg_ptr, bu_ptr, rows, cols, row_mask, col_mask, sg, su, N: tl.constexpr, WIDTH: tl.constexpr,
-                 RG: tl.constexpr, RU: tl.constexpr, SLOTS_G: tl.constexpr, SLOTS_U: tl.constexpr, PRECISION: tl.constexpr):
-    at = gu_ptr + rows[:, None] * (2 * N) + cols[None, :]
-    mask = row_mask[:, None] & col_mask[None, :]
-    gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(at + N, mask=mask, other=0.0).to(tl.float32)
-    if RG:
-        gate += _update(u_ptr, bg_ptr, rows, cols, row_mask, col_mask, sg, 0, WIDTH, RG, SLOTS_G, 1, RG, PRECISION)
-    if RU:
-        first: tl.constexpr = SLOTS_G if RG else 0
-        up += _update(u_ptr, bu_ptr, rows, cols, row_mask, col_mask, su, first, WIDTH, RU, SLOTS_U, 1, RU, PRECISION)
-    return gate, up
+def _add_update(value, u_ptr, m, rows, row_mask, FIRST: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr,
+                PRECISION: tl.constexpr):
+    # value + u m for one tile. The update is rounded first, as stock rounds it: half the bytes through the layout conversion.
+    u = tl.load(u_ptr + rows[:, None] * WIDTH + (FIRST + tl.arange(0, SLOTS))[None, :], mask=row_mask[:, None], other=0.0)
+    return value + tl.dot(u, m.to(u.dtype), input_precision=PRECISION).to(u.dtype).to(tl.float32)
 
 
 @jit(do_not_specialize=["T"])
 def _swiglu_fwd_kernel(
-    gu_ptr, u_ptr, bg_ptr, bu_ptr, h_ptr, sg, su, T,
+    gu_ptr, u_ptr, bg_ptr, bu_ptr, h_ptr, T,
     N: tl.constexpr, WIDTH: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr, SLOTS_G: tl.constexpr, SLOTS_U: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    # One block of columns, TILES blocks of rows: the factors stay in registers, else they would be read as often as gate and up.
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask, col_mask = rows < T, cols < N
-    gate, up = _gate_and_up(gu_ptr, u_ptr, bg_ptr, bu_ptr, rows, cols, row_mask, col_mask, sg, su, N, WIDTH, RG, RU,
-                            SLOTS_G, SLOTS_U, PRECISION)  # fmt: skip
-    h = gate * tl.sigmoid(gate) * up
-    at = h_ptr + rows[:, None] * N + cols[None, :]
-    tl.store(at, h.to(h_ptr.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :])
+    bg = load_factor(bg_ptr, cols, N, RG, SLOTS_G, True, True) if RG else 0
+    bu = load_factor(bu_ptr, cols, N, RU, SLOTS_U, True, True) if RU else 0
+    for tile in range(TILES):
+        rows = (tl.program_id(0).to(tl.int64) * TILES + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
+        row_mask = rows < T
+        mask = row_mask[:, None] & (cols < N)[None, :]
+        at = gu_ptr + rows[:, None] * (2 * N) + cols[None, :]
+        gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(at + N, mask=mask, other=0.0).to(tl.float32)
+        if RG:
+            gate = _add_update(gate, u_ptr, bg, rows, row_mask, 0, WIDTH, SLOTS_G, PRECISION)
+        if RU:
+            up = _add_update(up, u_ptr, bu, rows, row_mask, SLOTS_G if RG else 0, WIDTH, SLOTS_U, PRECISION)
+        h = gate * tl.sigmoid(gate) * up
+        tl.store(h_ptr + rows[:, None] * N + cols[None, :], h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
 @jit(do_not_specialize=["T"])
 def _swiglu_bwd_kernel(
-    dh_ptr, gu_ptr, dgu_ptr, u_ptr, bg_ptr, bu_ptr, du_ptr, ad_ptr, bits_ptr, sg, su, sd, T,
+    dh_ptr, gu_ptr, dgu_ptr, u_ptr, bg_ptr, bu_ptr, du_ptr, ad_ptr, bits_ptr, kept, T,
     N: tl.constexpr, WIDTH: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr, SLOTS_G: tl.constexpr, SLOTS_U: tl.constexpr,
     RD: tl.constexpr, SLOTS_D: tl.constexpr, WORDS: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     # In: dh without the update of the down projection's adapter. Out: h in dh's place, dgate and dup.
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask, col_mask = rows < T, cols < N
-    mask = row_mask[:, None] & col_mask[None, :]
-    gate, up = _gate_and_up(gu_ptr, u_ptr, bg_ptr, bu_ptr, rows, cols, row_mask, col_mask, sg, su, N, WIDTH, RG, RU,
-                            SLOTS_G, SLOTS_U, PRECISION)  # fmt: skip
-    dh_at = dh_ptr + rows[:, None] * N + cols[None, :]
-    dh = tl.load(dh_at, mask=mask, other=0.0).to(tl.float32)
-    if RD:
-        low = _update(du_ptr, ad_ptr, rows, cols, row_mask, col_mask, sd, 0, SLOTS_D, RD, SLOTS_D, N, 1, PRECISION)
-        if WORDS:
-            low = dropped(low, bits_ptr, rows, tl.program_id(1) * BLOCK_N, row_mask, N, WORDS, BLOCK_N)
-        dh += low
-    sig = tl.sigmoid(gate)
-    silu = gate * sig
-    dgate = dh * up * (sig + silu * (1.0 - sig))
-    dup = dh * silu
-    out = dgu_ptr + rows[:, None] * (2 * N) + cols[None, :]
-    tl.store(out, dgate.to(dgu_ptr.dtype.element_ty), mask=mask)
-    tl.store(out + N, dup.to(dgu_ptr.dtype.element_ty), mask=mask)
-    tl.store(dh_at, (silu * up).to(dh_ptr.dtype.element_ty), mask=mask)
+    start = tl.program_id(1) * BLOCK_N
+    cols = start + tl.arange(0, BLOCK_N)
+    bg = load_factor(bg_ptr, cols, N, RG, SLOTS_G, True, True) if RG else 0
+    bu = load_factor(bu_ptr, cols, N, RU, SLOTS_U, True, True) if RU else 0
+    ad = load_factor(ad_ptr, cols, N, RD, SLOTS_D, False, True).to(tl.float32) * kept if RD else 0
+    for tile in range(TILES):
+        rows = (tl.program_id(0).to(tl.int64) * TILES + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
+        row_mask = rows < T
+        mask = row_mask[:, None] & (cols < N)[None, :]
+        at = rows[:, None] * (2 * N) + cols[None, :]
+        gate = tl.load(gu_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(gu_ptr + at + N, mask=mask, other=0.0).to(tl.float32)
+        dh_at = dh_ptr + rows[:, None] * N + cols[None, :]
+        dh = tl.load(dh_at, mask=mask, other=0.0).to(tl.float32)
+        if RG:
+            gate = _add_update(gate, u_ptr, bg, rows, row_mask, 0, WIDTH, SLOTS_G, PRECISION)
+        if RU:
+            up = _add_update(up, u_ptr, bu, rows, row_mask, SLOTS_G if RG else 0, WIDTH, SLOTS_U, PRECISION)
+        if RD and WORDS:
+            low = _add_update(tl.zeros_like(dh), du_ptr, ad, rows, row_mask, 0, SLOTS_D, SLOTS_D, PRECISION)
+            dh += dropped(low, bits_ptr, rows, start, row_mask, WORDS, BLOCK_N)
+        elif RD:
+            dh = _add_update(dh, du_ptr, ad, rows, row_mask, 0, SLOTS_D, SLOTS_D, PRECISION)
+        sig = tl.sigmoid(gate)
+        silu = gate * sig
+        dgate = dh * up * (sig + silu * (1.0 - sig))
+        tl.store(dgu_ptr + at, dgate.to(dgu_ptr.dtype.element_ty), mask=mask)
+        tl.store(dgu_ptr + at + N, (dh * silu).to(dgu_ptr.dtype.element_ty), mask=mask)
+        tl.store(dh_at, (silu * up).to(dh_ptr.dtype.element_ty), mask=mask)
+
+
+def _grid(tokens: int, width: int, tiles: int) -> tuple[int, int]:
+    return -(-tokens // (_BLOCK_T * tiles)), -(-width // _BLOCK_N)
+
+
+def _tiles(tokens: int) -> int:
+    return 16 if tokens >= 4096 else 1
 
 
 def _ranks(group: list[Operands]) -> list[int]:
@@ -136,12 +150,12 @@ def _fused(gu: torch.Tensor, group: list[Operands]) -> bool:
 
 
 def _update_arguments(gu, u, group):
-    """(u, B of gate, B of up), their scales, and the constexprs that describe them, for a fused group or an updated one."""
+    """(u, B of gate, B of up) and the constexprs that describe them; u is None where the GEMMs started from the updates."""
     gate, up = group
     ranks = _ranks(group) if u is not None else [0, 0]
     tensors = (gu if u is None else u, gate.b.contiguous() if ranks[0] else gu, up.b.contiguous() if ranks[1] else gu)
     width = 0 if u is None else u.shape[1]
-    return tensors, (gate.scaling, up.scaling), (width, *ranks, *(rank_slots(max(r, 1)) for r in ranks))
+    return tensors, (width, *ranks, *(rank_slots(max(r, 1)) for r in ranks))
 
 
 def _swiglu_forward(gu: torch.Tensor, u: torch.Tensor | None, group: list[Operands]) -> torch.Tensor:
@@ -153,10 +167,10 @@ def _swiglu_forward(gu: torch.Tensor, u: torch.Tensor | None, group: list[Operan
         return (gate * torch.sigmoid(gate) * widened(up)).to(gu.dtype)
     h = torch.empty((tokens, width), dtype=gu.dtype, device=gu.device)
     if h.numel():
-        tensors, scales, consts = _update_arguments(gu, u, group)
-        grid = (-(-tokens // _BLOCK_T), -(-width // _BLOCK_N))
-        launch(_swiglu_fwd_kernel, grid, (gu, *tensors, h, *scales, tokens),
-               (width, *consts, precision(tensors[0].dtype), _BLOCK_T, _BLOCK_N), num_warps=4)  # fmt: skip
+        tensors, consts = _update_arguments(gu, u, group)
+        tiles = _tiles(tokens)
+        launch(_swiglu_fwd_kernel, _grid(tokens, width, tiles), (gu, *tensors, h, tokens),
+               (width, *consts, precision(tensors[0].dtype), _BLOCK_T, _BLOCK_N, tiles), num_warps=4)  # fmt: skip
     return h
 
 
@@ -166,7 +180,7 @@ def _swiglu_backward(dh, gu, dgu, u, group, op_down, du, masks):
     if not use_triton(dh):
         gate, up = (widened(t) for t in gu.split(width, 1))
         if du is not None:
-            expand(du, Siblings((op_down.a,), (keep_scale(op_down.dropout),), None, masks), du.dtype, dh, add=True)
+            expand(du, Siblings((op_down.a,), (keep_scale(op_down.dropout),), masks=masks), du.dtype, dh, add=True)
         grad = widened(dh)
         sig = torch.sigmoid(gate)
         silu = gate * sig
@@ -176,16 +190,16 @@ def _swiglu_backward(dh, gu, dgu, u, group, op_down, du, masks):
         return
     if dh.numel() == 0:
         return
-    tensors, scales, consts = _update_arguments(gu, u, group)
+    tensors, consts = _update_arguments(gu, u, group)
     rank = 0 if du is None else op_down.a.shape[0]
     args = (
         dh, gu, dgu, *tensors, dh if du is None else du, dh if du is None else op_down.a.contiguous(), dh if masks is None else masks,
-        *scales, keep_scale(op_down.dropout), tokens,
+        keep_scale(op_down.dropout), tokens,
     )  # fmt: skip
-    grid = (-(-tokens // _BLOCK_T), -(-width // _BLOCK_N))
-    launch(_swiglu_bwd_kernel, grid, args,
+    tiles = _tiles(tokens)
+    launch(_swiglu_bwd_kernel, _grid(tokens, width, tiles), args,
            (width, *consts, rank, rank_slots(max(rank, 1)), 0 if masks is None else masks.shape[2],
-            precision(tensors[0].dtype if du is None else du.dtype), _BLOCK_T, _BLOCK_N), num_warps=4)  # fmt: skip
+            precision(tensors[0].dtype if du is None else du.dtype), _BLOCK_T, _BLOCK_N, tiles), num_warps=4)  # fmt: skip
 
 
 def _second_backward_possible() -> bool:
@@ -203,27 +217,28 @@ class LoraMLP(Function):
         x2d = rows(x, dtypes.base)
         width = gate.weight.shape[0]
         masks = draw_masks(x2d, adapted(group), seed)
-        u = project_down(x2d, group, masks, dtypes.low)
+        low = project_down(x2d, group, masks, dtypes.low)
+        u = low.u
         gu = torch.empty((x2d.shape[0], 2 * width), dtype=dtypes.base, device=x.device)
         fused = _fused(gu, group)
-        at, starts = 0, slot_starts(tuple(r for r in _ranks(group) if r))
+        at, place = 0, layout(group)
         for op, part in zip(group, gu.split(width, 1)):
             first = op.a is not None and not fused
             if first:
-                expand(u[:, starts[at] : starts[at + 1]], Siblings((op.b.t(),), (op.scaling,)), dtypes.low, part)
+                add_update(u[:, place.starts[at] : place.starts[at] + place.slots[at]], op, dtypes.low, part)
             base_linear(x2d, op, part, accumulate=first)
             at += op.a is not None
         masks_down = draw_masks(gu[:, :width], adapted([op_down]), seed, _DOWN_STREAM)
         if need_output:
             h = _swiglu_forward(gu, u if fused else None, group)
-            y = linear_forward(h, op_down, project_down(h, [op_down], masks_down, dtypes.low), dtypes).view(*x.shape[:-1], -1)
+            y = linear_forward(h, op_down, project_down(h, [op_down], masks_down, dtypes.low).u, dtypes).view(*x.shape[:-1], -1)
             if residual is not None:
                 y = y + residual if y.dtype is not residual.dtype else y.add_(residual)
         else:
             dtype = dtypes.base if residual is None else torch.promote_types(dtypes.base, residual.dtype)
             y = torch.zeros((), dtype=dtype, device=x.device).expand(*x.shape[:-1], op_down.weight.shape[0])
         # The same tensors whether or not the output was computed: a non-reentrant checkpoint compares forward and recompute.
-        ctx.save_for_backward(x2d, u, masks, gu, masks_down, *tensors)
+        ctx.save_for_backward(x2d, *low, masks, gu, masks_down, *tensors)
         ctx.values, ctx.dtypes, ctx.tally, ctx.fused = values, dtypes, tally, fused
         ctx.x_shape, ctx.x_dtype, ctx.residual_dtype = x.shape, x.dtype, None if residual is None else residual.dtype
         return y
@@ -233,7 +248,7 @@ class LoraMLP(Function):
     def backward(ctx, dy):
         if ctx.tally is not None:
             ctx.tally.hit_backward()
-        x, u, masks, gu, masks_down, *tensors = ctx.saved_tensors
+        x, u, packed, masks, gu, masks_down, *tensors = ctx.saved_tensors
         gate, up, op_down = operands(tuple(tensors), ctx.values)
         dtypes, needs = ctx.dtypes, ctx.needs_input_grad
         d_residual = dy.to(ctx.residual_dtype) if needs[1] else None
@@ -242,10 +257,10 @@ class LoraMLP(Function):
             dh = torch.mm(dy, op_down.weight.to(dtypes.base))
             du = None
             if op_down.a is not None:
-                du = down(dy, Siblings((op_down.b.t(),), (op_down.scaling,)), dtypes.low)  # type: ignore[union-attr]
+                du = down_gradient(dy, [op_down], [0], dtypes)
             du_fused = du
             if du is not None and use_triton(dh) and rank_slots(op_down.a.shape[0]) > _MAX_FUSED_SLOTS:  # type: ignore[union-attr]
-                kept = Siblings((op_down.a,), (keep_scale(op_down.dropout),), None, masks_down)  # type: ignore[arg-type]
+                kept = Siblings((op_down.a,), (keep_scale(op_down.dropout),), masks=masks_down)  # type: ignore[arg-type]
                 expand(du, kept, dtypes.low, dh, add=True)
                 du_fused = None
             dgu = torch.empty_like(gu) if _second_backward_possible() else gu
@@ -254,7 +269,7 @@ class LoraMLP(Function):
             down_grads = _down_backward(dy, dh, op_down, du, masks_down, dtypes, needs[start : start + TENSORS])
             del dh
             dx, parts = siblings_backward(
-                dgu, x, u, [gate, up], masks, dtypes, needs[2 : 2 + 2 * TENSORS], need_dx=needs[0]
+                dgu, x, Low(u, packed), [gate, up], masks, dtypes, needs[2 : 2 + 2 * TENSORS], need_dx=needs[0]
             )
         if dx is not None:
             dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
@@ -263,22 +278,14 @@ class LoraMLP(Function):
 
 def _down_backward(dy, h, op: Operands, du, masks, dtypes: Dtypes, needs) -> OperandGrads:
     """Gradients of the down projection's own parameters, from its input h and output gradient dy."""
-    grads: dict[str, Any] = {}
-    need_weight, need_bias, need_a, need_b, need_lora_bias = needs
-    on_h = Siblings((op.a,), (keep_scale(op.dropout),), None, masks)  # type: ignore[arg-type]
-    if need_a:
-        grads["a"] = outer(h, du, on_h, dtypes.low)[0]
-    if need_b:
-        u = down(h, on_h, dtypes.low)
-        grads["b"] = outer(dy, u, Siblings((op.b.t(),), (op.scaling,), (0,)), dtypes.low, transposed=True)[0]  # type: ignore[union-attr]
-    if need_weight:
-        grads["weight"] = torch.mm(dy.t(), h).to(op.weight.dtype)
-    if need_bias or need_lora_bias:
-        total = dy.sum(0, dtype=torch.float32)
-        if need_bias:
-            grads["bias"] = total.to(op.bias.dtype)  # type: ignore[union-attr]
-        if need_lora_bias:
-            grads["lora_bias"] = (total * op.scaling).to(op.lora_bias.dtype)  # type: ignore[union-attr]
+    grads: dict[str, Any] = base_grads(dy, h, op, needs)
+    _, _, need_a, need_b, _ = needs
+    if need_a or need_b:
+        low = project_down(h, [op], masks, dtypes.low)
+        if need_a:
+            (grads["a"],) = a_gradients(du, h, low, [op], masks, dtypes)
+        if need_b:
+            (grads["b"],) = b_gradients(dy, low.u, [op], [0], dtypes)
     return OperandGrads(**grads)
 
 

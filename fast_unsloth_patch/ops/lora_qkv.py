@@ -14,20 +14,23 @@ from typing import Any
 
 import torch
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from ._autograd import once_differentiable
 from ._dispatch import use_triton
 from ._launch import jit, launch, tl
 from .lora_linear import (
     TENSORS,
+    Low,
     Operands,
     Projection,
     adapted,
+    add_update,
     base_linear,
     check_width,
     draw_masks,
     factors,
     flatten,
+    layout,
     operands,
     project_down,
     resolve_dtypes,
@@ -36,7 +39,7 @@ from .lora_linear import (
     siblings_backward,
     without_autocast,
 )
-from .low_rank import Siblings, expand, precision, rank_slots, slot_starts, widened
+from .low_rank import layout_of, precision, rank_slots, widened
 from .rope import rope
 
 # Ranks whose slots exceed this are added by `expand` before the GEMM: their tile of B would not stay in registers.
@@ -58,7 +61,7 @@ def _rotation(cos_ptr, sin_ptr, rows, row_mask, half, half_mask, S, cos_sb, cos_
 
 @jit(do_not_specialize=["T", "S"])
 def _qkv_fwd_kernel(
-    y_ptr, u_ptr, b0_ptr, b1_ptr, b2_ptr, cos_ptr, sin_ptr, s0, s1, s2, T, S, cos_sb, cos_ss,
+    y_ptr, u_ptr, b0_ptr, b1_ptr, b2_ptr, cos_ptr, sin_ptr, T, S, cos_sb, cos_ss,
     HQ: tl.constexpr, HK: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, ROTATE: tl.constexpr,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
     U0: tl.constexpr, U1: tl.constexpr, U2: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -80,19 +83,19 @@ def _qkv_fwd_kernel(
             x0 = tl.load(at, mask=mask, other=0.0).to(tl.float32)
             x1 = tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32)
             if WIDTH:
-                b_ptr, rank, first, scale, row = b0_ptr, R0, U0, s0, head * D
+                b_ptr, rank, first, row = b0_ptr, R0, U0, head * D
                 if head >= HQ:
-                    b_ptr, rank, first, scale, row = b1_ptr, R1, U1, s1, (head - HQ) * D
+                    b_ptr, rank, first, row = b1_ptr, R1, U1, (head - HQ) * D
                 if head >= HQ + HK:
-                    b_ptr, rank, first, scale, row = b2_ptr, R2, U2, s2, (head - HQ - HK) * D
+                    b_ptr, rank, first, row = b2_ptr, R2, U2, (head - HQ - HK) * D
                 rank_mask = ranks < rank
                 u = tl.load(u_ptr + rows[:, None] * WIDTH + (first + ranks)[None, :], mask=row_mask[:, None] & rank_mask[None, :], other=0.0)
                 b_at = b_ptr + (row + half)[None, :] * rank + ranks[:, None]
                 b_mask = rank_mask[:, None] & half_mask[None, :]
                 b_low = tl.load(b_at, mask=b_mask, other=0.0).to(u.dtype)
                 b_high = tl.load(b_at + HALF * rank, mask=b_mask, other=0.0).to(u.dtype)
-                x0 += tl.dot(u, b_low, input_precision=PRECISION) * scale
-                x1 += tl.dot(u, b_high, input_precision=PRECISION) * scale
+                x0 += tl.dot(u, b_low, input_precision=PRECISION)
+                x1 += tl.dot(u, b_high, input_precision=PRECISION)
             y0, y1 = x0, x1
             if ROTATE:
                 if head < HQ + HK:
@@ -171,16 +174,15 @@ def _fused_ranks(group: list[Operands]) -> tuple[int, ...]:
 
 
 def _add_and_rotate(y, u, group, ranks, cos, sin, shape, heads, head_dim, rotate):
-    """Adds ``scale u B^T`` to y and rotates its q and k heads, in place."""
+    """Adds ``u B^T`` to y and rotates its q and k heads, in place."""
     tokens = y.shape[0]
     if not rotate and not ranks:
         return
-    b, scales, offsets, rank_of = [], [], [], []
-    starts, at = slot_starts(ranks), 0
+    b, offsets, rank_of = [], [], []
+    starts, at = layout_of(ranks).starts, 0
     for op in group:
         present = bool(ranks) and op.b is not None
         b.append(op.b.contiguous() if present else y)
-        scales.append(op.scaling if present else 0.0)
         rank_of.append(op.b.shape[1] if present else 0)
         offsets.append(starts[at] if present else 0)
         at += present
@@ -188,7 +190,7 @@ def _add_and_rotate(y, u, group, ranks, cos, sin, shape, heads, head_dim, rotate
     b = [filler if t is y else t for t in b]
     slots = max((rank_slots(r) for r in ranks), default=16)
     half = head_dim // 2
-    args = (y, y if u is None else u, *b, cos, sin, *scales, tokens, shape[1], cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1))
+    args = (y, y if u is None else u, *b, cos, sin, tokens, shape[1], cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1))
     consts = (
         *heads, half, max(16, 1 << (half - 1).bit_length()), rotate, slots, u.shape[1] if ranks else 0, *rank_of, *offsets,
         _HEADS_PER_PROGRAM, precision(y.dtype if u is None else u.dtype), _block_t(tokens),
@@ -232,18 +234,18 @@ class LoraQKV(Function):
         widths = [op.weight.shape[0] for op in group]
         heads = (widths[0] // head_dim, widths[1] // head_dim)
         masks = draw_masks(x2d, adapted(group), seed)
-        u = project_down(x2d, group, masks, dtypes.low)
+        low = project_down(x2d, group, masks, dtypes.low)
+        u = low.u
         y = torch.empty((batch * seq, sum(widths)), dtype=dtypes.base, device=x.device)
         kernel = use_triton(y) and y.numel() > 0
         ranks = _fused_ranks(group)
         fused = kernel and all(rank_slots(r) <= _MAX_FUSED_SLOTS for r in ranks)
-        start, at, starts = 0, 0, slot_starts(ranks)
+        start, at, place = 0, 0, layout(group)
         for op, width in zip(group, widths):
             part = y[:, start : start + width]
             first = op.a is not None and not fused
             if first:
-                u_op = u[:, starts[at] : starts[at + 1]]
-                expand(u_op, Siblings((op.b.t(),), (op.scaling,)), dtypes.low, part)
+                add_update(u[:, place.starts[at] : place.starts[at] + place.slots[at]], op, dtypes.low, part)
             base_linear(x2d, op, part, accumulate=first)
             start, at = start + width, at + (op.a is not None)
         if kernel:
@@ -251,7 +253,7 @@ class LoraQKV(Function):
         elif rotate:
             for part in _heads(y, batch, seq, heads, head_dim)[:2]:
                 part.copy_(_rotate_reference(part, cos, sin))
-        ctx.save_for_backward(x2d, u, masks, cos, sin, *tensors)
+        ctx.save_for_backward(x2d, *low, masks, cos, sin, *tensors)
         ctx.values, ctx.dtypes, ctx.tally = values, dtypes, tally
         ctx.layout = (x.shape, x.dtype, heads, head_dim, rotate)
         return _heads(y, batch, seq, heads, head_dim)
@@ -261,13 +263,13 @@ class LoraQKV(Function):
     def backward(ctx, *grads):
         if ctx.tally is not None:
             ctx.tally.hit_backward()
-        x, u, masks, cos, sin, *tensors = ctx.saved_tensors
+        x, u, packed, masks, cos, sin, *tensors = ctx.saved_tensors
         x_shape, x_dtype, heads, head_dim, rotate = ctx.layout
         group = operands(tuple(tensors), ctx.values)
         with without_autocast(x):
             dy = _unrotate(grads, cos, sin, x_shape[:2], heads, head_dim, rotate, ctx.dtypes.base)
             dx, parts = siblings_backward(
-                dy, x, u, group, masks, ctx.dtypes, ctx.needs_input_grad[3 : 3 + 3 * TENSORS], need_dx=ctx.needs_input_grad[0]
+                dy, x, Low(u, packed), group, masks, ctx.dtypes, ctx.needs_input_grad[3 : 3 + 3 * TENSORS], need_dx=ctx.needs_input_grad[0]
             )
         if dx is not None:
             dx = dx.view(x_shape).to(x_dtype)

@@ -1,7 +1,7 @@
 """Predicates "may the fast path run here?", asked before it runs: None, or a short stable reason to run stock.
 
-The reasons are the keys of ``status().rows[...].fallbacks``: they name a state ("eval", "compiling"), never a value that
-changes from call to call, so that counting them cannot grow without bound.
+The reasons are the keys of ``status().rows[...].fallbacks``: they name a state ("eval", "compiling"), never a value
+that changes from call to call, so that counting them cannot grow without bound.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ def blocked(module: nn.Module, x: object) -> str | None:
     """Why ``module``, called with ``x``, must run its stock forward whatever its children are, or None.
 
     In this order: "disabled" (inside ``disabled()``), "keep_stock", "compiling", "eval" (evaluation mode without
-    gradients), "tensor subclass" (DTensor, FakeTensor, fx Proxy, ...), "functorch transform", "dispatch mode" (selective
-    checkpointing, make_fx, FlopCounterMode: they intercept torch calls, and a kernel launch is none), "tracing", "empty
-    input", then what the ops do not cover on this device ("dtype int64", "device mps", "compute capability 7.5", ...).
+    gradients), "tensor subclass" (DTensor, FakeTensor, fx Proxy, ...), "functorch transform", "dispatch mode"
+    (selective checkpointing, make_fx, FlopCounterMode: they intercept torch calls, and a kernel launch is none),
+    "tracing", "empty input", then what the ops do not cover on this device ("dtype int64", "device mps", "compute
+    capability 7.5", ...).
 
     ``torch.compile`` is asked about first, so that nothing else is traced. Costs about 0.5 us on CUDA, 0.8 us on a CPU.
     """

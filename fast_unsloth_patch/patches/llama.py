@@ -1,8 +1,8 @@
 """Forwards of ``LlamaRMSNorm``, ``LlamaAttention`` and ``LlamaMLP``.
 
-The module's own children are inlined (q, k, v with RoPE; gate, up, down), everything else stays with transformers: the cache, the
-choice of the attention function and its masks, recording of outputs. Each builder takes the stock forward and returns the new
-one, which calls the stock one whenever its conditions do not hold.
+The module's own children are inlined (q, k, v with RoPE; gate, up, down), everything else stays with transformers:
+the cache, the choice of the attention function and its masks, recording of outputs. Each builder takes the stock
+forward and returns the new one, which calls the stock one whenever its conditions do not hold.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def attention_forward(stock: Callable) -> Callable:
 
 
 def _own_rotary(modeling: ModuleType) -> object | None:
-    """transformers' own ``apply_rotary_pos_emb`` (the ``kernels`` package makes it a module), None if it was already replaced."""
+    """transformers' own ``apply_rotary_pos_emb``, a module where ``kernels`` is installed; None if already replaced."""
     rotary = modeling.apply_rotary_pos_emb
     own = isinstance(rotary, nn.Module) or (isinstance(rotary, FunctionType) and rotary.__module__ == modeling.__name__)
     return rotary if own else None
@@ -118,7 +118,7 @@ def _own_rotary(modeling: ModuleType) -> object | None:
 def _rotary_reason(
     module: nn.Module, x: torch.Tensor, position_embeddings: Any, modeling: ModuleType, rotary: object | None
 ) -> str | None:
-    """None if the stock forward would apply transformers' rotary embedding with plain cos and sin [1 or B, S, head_dim]."""
+    """None if stock would apply transformers' rotary embedding with plain cos and sin [1 or B, S, head_dim]."""
     # Looked up at each call, as the stock forward does; a hub kernel comes as an instance forward of the same object.
     current = modeling.apply_rotary_pos_emb
     if current is not rotary or "forward" in current.__dict__:
@@ -131,7 +131,13 @@ def _rotary_reason(
     if type(cos) is not torch.Tensor or type(sin) is not torch.Tensor:
         return "position embeddings"
     shape, (batch, length, _) = cos.shape, x.shape
-    if len(shape) != 3 or shape[0] not in (1, batch) or shape[1] != length or shape[2] != module.head_dim or shape[2] % 2:
+    if (
+        len(shape) != 3
+        or shape[0] not in (1, batch)
+        or shape[1] != length
+        or shape[2] != module.head_dim
+        or shape[2] % 2
+    ):
         return "rotary shape"
     if sin.shape != shape or sin.dtype is not cos.dtype or not cos.dtype.is_floating_point:
         return "rotary shape"

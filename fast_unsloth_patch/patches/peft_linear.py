@@ -16,8 +16,8 @@ _LINEAR = tally("peft.linear")
 def linear_forward(stock: Callable) -> Callable:
     """``x W^T + bias + scaling * (dropout(x) A^T) B^T (+ scaling * lora_bias)`` as one op.
 
-    A layer that a patched attention or MLP has inlined does not come here. Subclasses that inherit this forward (torchao's) and
-    calls with PEFT's extra arguments (mixed batches) run stock.
+    A layer that a patched attention or MLP has inlined does not come here. Subclasses that inherit this forward
+    (torchao's) and calls with PEFT's extra arguments (mixed batches) run stock.
     """
     linear_type = sys.modules[stock.__module__].Linear
 

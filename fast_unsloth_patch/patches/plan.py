@@ -1,15 +1,16 @@
-"""Which operands a patched forward hands to the ops, or why it must run stock: worked out once, re-used while nothing changed.
+"""Which operands a patched forward hands to the ops, or why it must run stock: kept while nothing has changed.
 
-Asking every child module of a layer for its state costs more than the kernels of a small step (PERFORMANCE.md section 5). So the
-answer is kept with the module as a ``Plan``, and a call only compares what can change the answer: child modules, parameters
-(identity, dtype, device; ``param.data = ...`` changes the last two in place), PEFT's state, dropout, hooks, instance forwards,
-autocast. Whatever differs makes a new plan, so nothing has to tell us that it changed anything. What the ops read off the
-tensors themselves (values, strides, ``requires_grad``) is not part of it.
+Asking every child module of a layer for its state costs more than the kernels of a small step (PERFORMANCE.md section
+5). So the answer is kept with the module as a ``Plan``, and a call only compares what can change the answer: child
+modules, parameters (identity, dtype, device; ``param.data = ...`` changes the last two in place), PEFT's state,
+dropout, hooks, instance forwards, autocast. Whatever differs makes a new plan, so nothing has to tell us that it
+changed anything. What the ops read off the tensors themselves (values, strides, ``requires_grad``) is not part of it.
 
-Only plans that say "fast" are kept. A reason is worked out again at each call: stock is slow anyway, and then there is nothing
-to invalidate.
+Only plans that say "fast" are kept. A reason is worked out again at each call: stock is slow anyway, and then there
+is nothing to invalidate.
 
-A plan holds its owner's children, never its owner: the module stays free of reference cycles, its memory is released at once.
+A plan holds its owner's children, never its owner: the module stays free of reference cycles, its memory is released
+at once. What was replaced in the module stays alive until the module's next fast or refused call.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _LINEAR_FORWARD = nn.Linear.forward
 
 
 class _Inlined(NamedTuple):
-    """A module whose ``__call__`` the fast path leaves out: it must be the known one, of the known type, with nothing hung on it."""
+    """A module whose ``__call__`` the fast path leaves out: the known one, of the known type, nothing hung on it."""
 
     holder: dict  # the _modules that it is found in
     key: str
@@ -42,7 +43,7 @@ class _Inlined(NamedTuple):
 
 
 class _Leaf(NamedTuple):
-    """The parameters of an ``nn.Linear`` that the ops read: a plain child, or a base layer, A or B of PEFT's ``lora.Linear``."""
+    """Parameters of an ``nn.Linear`` that the ops read: a plain child, or base layer, A or B of a ``lora.Linear``."""
 
     parameters: dict
     weight: torch.Tensor
@@ -67,8 +68,21 @@ class _Lora(NamedTuple):
 class Plan:
     """The operands of one module's fast path, and the fingerprint under which they hold."""
 
-    __slots__ = ("autocast", "biases", "device", "device_type", "dtype", "hook_epoch", "index", "inlined", "leaves",
-                 "lora", "modules", "projections", "size")
+    __slots__ = (
+        "autocast",
+        "biases",
+        "device",
+        "device_type",
+        "dtype",
+        "hook_epoch",
+        "index",
+        "inlined",
+        "leaves",
+        "lora",
+        "modules",
+        "projections",
+        "size",
+    )
 
     def __init__(self, modules: dict, x: torch.Tensor) -> None:
         self.modules = modules
@@ -87,12 +101,14 @@ class Plan:
         self.lora: list[tuple] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copied or pickled module takes no plan along, it would name the original's children. NoneType needs no import of
-        # this package: what was pickled with the patches on loads without them.
+        # A copied or pickled module takes no plan along, it would name the original's children. NoneType needs no
+        # import of this package: what was pickled with the patches on loads without them.
         return type(None), ()
 
 
-def children_plan(module: nn.Module, names: tuple[str, ...], x: torch.Tensor, act_types: tuple[type, ...] = ()) -> Plan | str:
+def children_plan(
+    module: nn.Module, names: tuple[str, ...], x: torch.Tensor, act_types: tuple[type, ...] = ()
+) -> Plan | str:
     """The plan of a module that is made of the linear children ``names``; or the reason to run stock.
 
     Args:
@@ -116,7 +132,7 @@ def children_plan(module: nn.Module, names: tuple[str, ...], x: torch.Tensor, ac
 
 
 def self_plan(module: nn.Module, x: torch.Tensor) -> Plan | str:
-    """The plan of a PEFT ``lora.Linear`` that was called itself (so its own hooks have run); or the reason to run stock."""
+    """The plan of a ``lora.Linear`` that was called itself (so its own hooks have run); or the reason to run stock."""
     state = module.__dict__
     plan = state.get(_KEY)
     if plan is not None and _holds(plan, state, x):
@@ -200,7 +216,7 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 def _dropout_p(state: dict) -> float:
-    """The probability that a dropout module with this ``__dict__`` applies now; its own training flag counts, not its parent's."""
+    """The probability in force in an ``nn.Dropout`` with this ``__dict__``: its own training flag counts."""
     return state["p"] if state["training"] else 0.0
 
 
@@ -346,7 +362,9 @@ def _add_leaf(plan: Plan, label: str, holder: dict, key: str, kind: str) -> _Lea
             return f"{type(tensor).__name__} weight"
         if tensor.device != plan.device:
             return "meta weight" if tensor.is_meta else "weight on another device"
-    reason = _dtype_reason(plan, weight, bias, base=kind in ("child", "base layer")) or _inline(plan, holder, key, label)
+    reason = _dtype_reason(plan, weight, bias, base=kind in ("child", "base layer")) or _inline(
+        plan, holder, key, label
+    )
     if reason is not None:
         return reason
     if bias is not None:
@@ -357,7 +375,7 @@ def _add_leaf(plan: Plan, label: str, holder: dict, key: str, kind: str) -> _Lea
 
 
 def _dtype_reason(plan: Plan, weight: torch.Tensor, bias: torch.Tensor | None, *, base: bool) -> str | None:
-    """Autocast brings float32 and the half types together; without it ``F.linear`` wants one dtype, and PEFT only casts for A."""
+    """Autocast brings float32 and half types together; without it ``F.linear`` wants one dtype, PEFT casts for A."""
     if plan.autocast is not None:
         dtypes = {plan.dtype, weight.dtype} if bias is None else {plan.dtype, weight.dtype, bias.dtype}
         return None if dtypes <= _FLOATS and plan.autocast in _AUTOCAST else "dtype under autocast"

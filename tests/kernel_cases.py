@@ -1,0 +1,268 @@
+"""Which kernels the ops launch, and how they are specialised: the ops run on ``meta`` tensors and their launches are recorded.
+
+A list of signatures written by hand would drift from the code that launches. Here the host code itself chooses the
+configuration, for the limits of a chip that need not exist; only `launch` is replaced. `build` then compiles a recorded
+launch for that chip, which needs no GPU either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import pkgutil
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from fast_unsloth_patch import ops
+from fast_unsloth_patch.ops import _launch
+from fast_unsloth_patch.ops.dropout import dropout_bits
+from fast_unsloth_patch.ops.linear_cross_entropy import cross_entropy_chunk
+from fast_unsloth_patch.ops.lora_linear import Adapter, Projection, lora_linear
+from fast_unsloth_patch.ops.lora_mlp import lora_mlp
+from fast_unsloth_patch.ops.lora_qkv import lora_qkv
+from fast_unsloth_patch.ops.rms_norm import rms_norm
+from fast_unsloth_patch.ops.rope import rope
+from fast_unsloth_patch.ops.swiglu import swiglu, swiglu_bwd
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+_POINTERS = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+
+
+class Case(NamedTuple):
+    """One specialisation of a kernel, and the call that led to it."""
+
+    origin: str  # which of `scenarios` launched it first
+    kernel: Any
+    signature: tuple[tuple[str, str], ...]  # name and type of each run-time argument
+    constexprs: tuple[tuple[str, Any], ...]
+    divisible: frozenset[int]  # positions of the arguments known to be divisible by 16
+    options: tuple[tuple[str, int], ...]
+
+    def __str__(self) -> str:
+        values = " ".join(f"{name}={value}" for name, value in (*self.constexprs, *self.options))
+        return f"{self.kernel.__name__} of {self.origin} ({' '.join(kind for _, kind in self.signature)}; {values})"
+
+    def specialisation(self) -> tuple[Any, ...]:
+        """All but the origin."""
+        return self[1:]
+
+
+def op_modules() -> Iterator[Any]:
+    for info in pkgutil.iter_modules(ops.__path__):
+        yield importlib.import_module(f"{ops.__name__}.{info.name}")
+
+
+def _as_case(origin: str, kernel: Any, args: Any, consts: Any, options: dict[str, int]) -> Case:
+    """What Triton specialises on, as its own argument binding has it: 16-byte alignment, the ints 1 and 16 n, None."""
+    names = kernel.arg_names
+    assert len(names) == len(args) + len(consts), f"{origin}: {kernel.__name__} takes {names}"
+    values = consts.values() if isinstance(consts, dict) else consts
+    fixed = dict(zip(names[len(args) :], values, strict=True))
+    signature, divisible = {}, set()
+    for i, (parameter, value) in enumerate(zip(kernel.params, args)):
+        name = parameter.name
+        if isinstance(value, torch.Tensor):
+            signature[name] = _POINTERS[value.dtype]
+            divisible.add(i)
+        elif isinstance(value, bool):
+            signature[name] = "i1"
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if not parameter.do_not_specialize:
+                if value == 1:
+                    fixed[name] = 1
+                elif value % 16 == 0:
+                    divisible.add(i)
+        elif value is None:
+            fixed[name] = None
+        else:
+            signature[name] = "fp32"
+    signature = {name: kind for name, kind in signature.items() if name not in fixed}
+    return Case(origin, kernel, tuple(signature.items()), tuple(fixed.items()), frozenset(divisible), tuple(options.items()))
+
+
+@contextlib.contextmanager
+def recorded(limits: _launch.Limits, autocast: torch.dtype | None = None) -> Iterator[list[Any]]:
+    """Meta tensors count as tensors on a chip with ``limits`` (under ``autocast``); yields the list that launches go to."""
+    launches: list[Any] = []
+
+    def record(kernel, grid, args, consts, *, num_warps=4, num_stages=2):
+        assert all(isinstance(n, int) and n > 0 for n in grid) and max(grid[1:], default=1) <= 65535, (kernel, grid)
+        launches.append((kernel, args, consts, {"num_warps": num_warps, "num_stages": num_stages}))
+
+    replaced = {"launch": record, "use_triton": lambda t: t.dtype in _POINTERS, "device_limits": lambda index: limits}
+    enabled, dtype, context = torch.is_autocast_enabled, torch.get_autocast_dtype, torch.autocast
+    # Torch knows no autocast for meta tensors and raises when asked.
+    torch_functions = {
+        "is_autocast_enabled": lambda kind="cuda": autocast is not None if kind == "meta" else enabled(kind),
+        "get_autocast_dtype": lambda kind: autocast if kind == "meta" else dtype(kind),
+        "autocast": lambda kind, **how: contextlib.nullcontext() if kind == "meta" else context(kind, **how),
+    }
+    with contextlib.ExitStack() as stack:
+        for module in op_modules():
+            for name in replaced.keys() & vars(module).keys():
+                if module is not _launch:
+                    stack.enter_context(mock.patch.object(module, name, replaced[name]))
+        for name, replacement in torch_functions.items():
+            stack.enter_context(mock.patch.object(torch, name, replacement))
+        yield launches
+
+
+def _meta(*shape: int, dtype: torch.dtype, grad: bool = True) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta").requires_grad_(grad)
+
+
+class Layer(NamedTuple):
+    """A decoder layer's linear part at one size."""
+
+    tokens: int
+    ranks: tuple[int, ...] = (16,) * 7  # q, k, v, o, gate, up, down; 0: no adapter
+    dropout: float = 0.0
+    dtype: torch.dtype = BF16
+    adapters: torch.dtype = FP32
+    autocast: torch.dtype | None = BF16
+    hidden: int = 4096
+    intermediate: int = 14336
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    bias: bool = False
+
+
+def run_layer(layer: Layer) -> None:
+    """Forward and backward of the attention projections and of the MLP."""
+    t, h, i, d = layer.tokens, layer.hidden, layer.intermediate, layer.head_dim
+    queries, keys = layer.heads * d, layer.kv_heads * d
+
+    def projection(n: int, k: int, rank: int) -> Projection:
+        bias = _meta(n, dtype=layer.dtype) if layer.bias else None
+        adapter = None
+        if rank:
+            lora_bias = _meta(n, dtype=layer.adapters) if layer.bias else None
+            a, b = _meta(rank, k, dtype=layer.adapters), _meta(n, rank, dtype=layer.adapters)
+            adapter = Adapter(a, b, 2.0, layer.dropout, lora_bias)
+        return Projection(_meta(n, k, dtype=layer.dtype, grad=False), bias, adapter)
+
+    sizes = (queries, h), (keys, h), (keys, h), (h, queries), (i, h), (i, h), (h, i)
+    q, k, v, o, gate, up, down = (projection(*size, rank) for size, rank in zip(sizes, layer.ranks, strict=True))
+    x = _meta(1, t, h, dtype=layer.dtype)
+    cos, sin = (_meta(1, t, d, dtype=layer.autocast or layer.dtype, grad=False) for _ in range(2))
+    out = lora_qkv(x, q, k, v, cos, sin, d)
+    attended = out[0] + torch.cat([out[1] + out[2]] * (layer.heads // layer.kv_heads), 1)
+    y = lora_linear(attended.transpose(1, 2).reshape(1, t, queries), o)
+    lora_mlp(y, gate, up, down, residual=y).sum().backward()
+
+
+def _others(tokens: int, dtype: torch.dtype, hidden: int, intermediate: int, vocab: int) -> None:
+    """The other ops, with frozen and with trainable weights."""
+    x = _meta(tokens, hidden, dtype=dtype)
+    for weight_dtype, grad in ((dtype, False), (dtype, True), (FP32, True)):
+        rms_norm(x, _meta(hidden, dtype=weight_dtype, grad=grad), 1e-5).sum().backward()
+    gate, up = (_meta(tokens, intermediate, dtype=dtype) for _ in range(2))
+    swiglu(gate, up).sum().backward()
+    swiglu_bwd(gate, gate, up, product=gate)
+    logits, labels = _meta(tokens, vocab, dtype=dtype), _meta(tokens, dtype=torch.int64, grad=False)
+    for grad in (False, True):
+        scale = 4096.0 if dtype is FP16 else 1.0
+        cross_entropy_chunk(logits, labels, _meta(tokens, dtype=FP32), grad=grad, scale=scale)
+
+
+def _rope(dtype: torch.dtype, cos_dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, rotary: int) -> None:
+    q, k = (_meta(1, 512, n, head_dim, dtype=dtype).transpose(1, 2) for n in (heads, kv_heads))
+    cos, sin = (_meta(1, 512, rotary, dtype=cos_dtype, grad=False) for _ in range(2))
+    out = rope(q, k, cos, sin)
+    (out[0].sum() + out[1].sum()).backward()
+
+
+def _layers() -> Iterator[tuple[str, Layer]]:
+    large = Layer(8192)
+    for p in (0.0, 0.1):
+        for tokens in (512, 2048, 8192):
+            yield f"8B, {tokens} tokens, dropout {p}", Layer(tokens, dropout=p)
+        ranked = large._replace(dropout=p)
+        for rank in (4, 8, 64, 128):
+            yield f"rank {rank}, dropout {p}", ranked._replace(ranks=(rank,) * 7)
+        yield f"ranks that differ, dropout {p}", ranked._replace(ranks=(8, 16, 32, 24, 64, 8, 64))
+        yield f"adapters on q, v, up, dropout {p}", ranked._replace(ranks=(16, 0, 16, 0, 0, 16, 0))
+        for tokens in (512, 8192):
+            few = Layer(tokens, dropout=p)
+            yield f"fp16, {tokens} tokens, dropout {p}", few._replace(dtype=FP16, autocast=FP16)
+            yield f"fp32, {tokens} tokens, dropout {p}", few._replace(dtype=FP32, autocast=None)
+            yield f"fp32 adapters, {tokens} tokens, dropout {p}", few._replace(autocast=None)
+    wide = large._replace(ranks=(128,) * 7, dropout=0.1)
+    yield "fp32, rank 128", wide._replace(dtype=FP32, autocast=None)
+    yield "fp32 adapters, rank 128", wide._replace(autocast=None)
+    yield "rank 128, few tokens", wide._replace(tokens=512)
+    yield "no adapter", large._replace(ranks=(0,) * 7)
+    yield "biases", Layer(512, bias=True)
+    yield "1B", Layer(2048, hidden=2048, intermediate=8192, head_dim=64)
+    yield "head size 80", Layer(2048, hidden=2560, intermediate=6912, head_dim=80, kv_heads=32)
+    yield "head size 96", Layer(2048, hidden=3072, intermediate=8192, head_dim=96)
+
+
+# Whose kernels may not spill registers on an H100 or H200: the shapes that training has.
+def _is_model(origin: str) -> bool:
+    return origin.startswith("8B") or origin == "1B"
+
+
+def scenarios() -> Iterator[tuple[str, torch.dtype | None, Callable[[], None]]]:
+    """Calls that between them choose every configuration: (what it is, autocast's dtype or None, the call)."""
+    for name, layer in _layers():
+        yield name, layer.autocast, lambda layer=layer: run_layer(layer)
+    for dtype in (BF16, FP16, FP32):
+        kind = str(dtype).removeprefix("torch.")
+        yield f"other ops, 8B, {kind}", None, lambda dtype=dtype: _others(2048, dtype, 4096, 14336, 128256)
+        yield f"rope, 8B, {kind}", None, lambda dtype=dtype: _rope(dtype, dtype, 32, 8, 128, 128)
+    yield "other ops, small", None, lambda: _others(7, FP16, 64, 72, 100)
+    yield "the widest norm", None, lambda: _others(7, FP32, 32768, 72, 100)
+    yield "partial rope", None, lambda: _rope(FP16, FP32, 24, 3, 80, 32)
+    yield "wide heads", None, lambda: _rope(FP32, FP32, 128, 8, 256, 256)
+    for p in (0.1, 0.5):
+        seed = _meta(1, dtype=torch.int64, grad=False)
+        yield f"dropout {p}", None, lambda p=p, seed=seed: dropout_bits(seed, p, 3, 8192, 4096, kernel=True)
+
+
+def cases(capability: int, sm_count: int = 132) -> list[Case]:
+    """Every distinct specialisation that `scenarios` launch on such a chip."""
+    limits = _launch.target_limits(capability, sm_count)
+    found: dict[tuple[Any, ...], Case] = {}
+    for origin, autocast, call in scenarios():
+        with recorded(limits, autocast) as launches:
+            call()
+        for kernel, args, consts, options in launches:
+            case = _as_case(origin, kernel, args, consts, options)
+            found.setdefault(case.specialisation(), case)
+    return list(found.values())
+
+
+def build(case: Case, capability: int) -> Any:
+    """The compiled kernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constexprs, types = dict(case.constexprs), dict(case.signature)
+    source = ASTSource(
+        fn=case.kernel,
+        signature={name: types.get(name, "constexpr") for name in case.kernel.arg_names},
+        constexprs=constexprs,
+        attrs={(i,): [["tt.divisibility", 16]] for i in case.divisible},
+    )
+    options = {"enable_fp_fusion": True, **dict(case.options)}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(compiled: Any, folder: Any) -> dict[str, int]:
+    """What the assembler says that a kernel takes: "REG", "STACK" (bytes of spills and local arrays), "SHARED"."""
+    from triton import knobs
+
+    file = folder / "kernel.cubin"
+    file.write_bytes(compiled.asm["cubin"])
+    command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", text)}
