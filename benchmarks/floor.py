@@ -1,6 +1,7 @@
 """The speed of light of a training step: its large GEMMs and attention calls, and nothing else.
 
     python benchmarks/floor.py --model llama-8b --batch 4 --seq 2048 --checkpointing --json benchmarks/results/h200.json
+    python benchmarks/floor.py --plan benchmarks/plans/issue2.json --json benchmarks/results/h200.json
 
 Every large GEMM and attention call of the step, each at the best time that PyTorch's own libraries give for its shape
 (cuBLAS or cuBLASLt, projections of one input stacked or apart; cuDNN or FlashAttention, two layouts), with a full
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import report
-from shapes import SHAPES, Case, Shape
+from shapes import SHAPES, Case, Shape, read_plan
 
 Call = Callable[[], object]
 
@@ -159,11 +160,10 @@ def attention(shape: Shape, batch: int, seq: int, device: str) -> dict[str, tupl
     return {way: min(times) for way, times in found.items()}
 
 
-def measure(case: Case) -> list[Part]:
+def measure(case: Case, gemms: Gemms) -> list[Part]:
     """All parts of a step of `case`."""
     shape, t = SHAPES[case.model], case.batch * case.seq
     layers = case.layers or shape.layers
-    gemms = Gemms(case.device)
     groups = {
         "qkv": (shape.hidden, [shape.heads * shape.head_dim] + 2 * [shape.kv_heads * shape.head_dim]),
         "o": (shape.heads * shape.head_dim, [shape.hidden]),
@@ -193,6 +193,38 @@ def _timed(found: tuple[float, str], flops: float) -> tuple[float, float, str]:
     return found[0], flops, found[1]
 
 
+def unknown(case: Case) -> str | None:
+    """Why there is no floor for `case`, if there is none."""
+    shape = SHAPES[case.model]
+    if shape.experts:
+        return f"{shape.title}: a mixture of experts has other GEMMs"
+    if shape.sliding_window and case.seq > shape.sliding_window:
+        return f"sequences of {case.seq} are beyond {shape.title}'s attention window of {shape.sliding_window}"
+    return None
+
+
+def record(case: Case, gemms: Gemms, file: str | None) -> None:
+    """Measures the floor of `case`, prints it, appends it to the results file."""
+    parts = measure(case, gemms)
+    total = sum(part.calls * part.ms for part in parts)
+    down = next(part for part in parts if part.name == "down forward")
+    less = (case.layers or SHAPES[case.model].layers) * down.ms if case.checkpointing else 0.0
+    print(report.floor_title(case))
+    for part in parts:
+        rate = part.flops / part.ms / 1e9
+        print(f"  {part.name:20s} {part.calls:4d} x {1e3 * part.ms:8.1f} us  {rate:6.1f} TFLOP/s  {part.best}")
+    print(f"  floor {total:.1f} ms; without the recompute's last GEMM {total - less:.1f} ms", flush=True)
+    if file:
+        path = Path(file)
+        results = report.load_results(path)
+        results["floors"].append({
+            "title": report.floor_title(case), "total_ms": total, "without_last_gemm_ms": total - less,
+            "parts": [part._asdict() for part in parts], "date": datetime.date.today().isoformat(),
+            **report.environment(case.device),
+        })  # fmt: skip
+        report.save_results(path, results)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-8b", choices=[n for n, s in SHAPES.items() if not s.experts])
@@ -202,35 +234,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--layers", type=int, help="only so many decoder layers")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--plan", type=Path, help="the floor of each case of a plan of train_step.py, each once")
     parser.add_argument("--json", help="results file to append to")
     options = parser.parse_args(argv)
-    window = SHAPES[options.model].sliding_window
-    if window and options.seq > window:
-        parser.error(
-            f"--seq {options.seq} is beyond the model's attention window of {window}: its floor is not known here"
-        )
-    case = Case(
-        options.model, options.mode, options.batch, options.seq, options.checkpointing,
-        layers=options.layers, device=options.device,
-    )  # fmt: skip
-    parts = measure(case)
-    total = sum(part.calls * part.ms for part in parts)
-    down = next(part for part in parts if part.name == "down forward")
-    less = (case.layers or SHAPES[case.model].layers) * down.ms if case.checkpointing else 0.0
-    print(report.floor_title(case))
-    for part in parts:
-        rate = part.flops / part.ms / 1e9
-        print(f"  {part.name:20s} {part.calls:4d} x {1e3 * part.ms:8.1f} us  {rate:6.1f} TFLOP/s  {part.best}")
-    print(f"  floor {total:.1f} ms; without the recompute's last GEMM {total - less:.1f} ms")
-    if options.json:
-        path = Path(options.json)
-        results = report.load_results(path)
-        results["floors"].append({
-            "title": report.floor_title(case), "total_ms": total, "without_last_gemm_ms": total - less,
-            "parts": [part._asdict() for part in parts], "date": datetime.date.today().isoformat(),
-            **report.environment(case.device),
-        })  # fmt: skip
-        report.save_results(path, results)
+    if options.plan:
+        cases = list({report.floor_title(case): case for case, _ in read_plan(options.plan)}.values())
+    else:
+        cases = [Case(
+            options.model, options.mode, options.batch, options.seq, options.checkpointing,
+            layers=options.layers, device=options.device,
+        )]  # fmt: skip
+    for case in cases:
+        if reason := unknown(case):
+            parser.error(f"no floor known: {reason}")
+    gemms = {case.device: Gemms(case.device) for case in cases}
+    for case in cases:
+        record(case, gemms[case.device], options.json)
     return 0
 
 

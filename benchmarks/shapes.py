@@ -7,6 +7,7 @@ Importing this file loads no torch, so that the driver and `report.py` start at 
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
@@ -14,7 +15,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # told when a part of the set-up is over
 Done = Callable[[str], None]
@@ -88,7 +89,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Arm:
-    """One implementation of a case. `rung` places it on the ladder; `env` is added to its process's environment."""
+    """One implementation of a case, and how it is looked at.
+
+    `rung` places it on the ladder; `env` is added to its process's environment; `cold`: empty Triton and Inductor
+    caches; `profile`: one more step under torch.profiler; `host`: host time of forward and backward at 16 tokens.
+    """
 
     impl: str
     label: str = ""
@@ -98,9 +103,23 @@ class Arm:
     unsloth_gc: str = "true"
     rung: int | None = None
     env: dict[str, str] = field(default_factory=dict)
+    cold: bool = False
+    profile: bool = False
+    host: bool = False
 
     def name(self) -> str:
         return self.label or self.impl
+
+
+def read_plan(path: Path) -> list[tuple[Case, list[Arm]]]:
+    """The cases of a plan (`train_step.py` says what it looks like) and what is measured in each."""
+    document = json.loads(path.read_text())
+    plan = []
+    for entry in document["cases"]:
+        fields = document.get("defaults", {}) | entry
+        arms = [Arm(impl=a) if isinstance(a, str) else Arm(**a) for a in fields.pop("impls")]
+        plan.append((Case(**fields), arms))
+    return plan
 
 
 def config(name: str, layers: int | None = None) -> Any:
@@ -258,14 +277,49 @@ def write_hollow_checkpoint(name: str, folder: Path, *, layers: int | None) -> N
     ).save_pretrained(folder)
 
 
-def _model(case: Case, done: Done) -> Any:
+class Setup(NamedTuple):
+    """What an implementation does before it trains: what it needs no GPU for, and the rest.
+
+    `imports` runs while another worker measures. It does what a script of that implementation does before it builds a
+    model, and no more: what is first needed in a step has to stay in `first_step_s`.
+    """
+
+    imports: Callable[[Case, Arm], None]
+    build: Callable[[Case, Arm, Done], Any]
+
+
+def _import_stock(case: Case, arm: Arm) -> None:
+    family = SHAPES[case.model].family
+    importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    if case.mode == "lora":
+        importlib.import_module("peft")
+
+
+def _import_fast(case: Case, arm: Arm) -> None:
+    import fast_unsloth_patch
+
+    fast_unsloth_patch.apply(only=arm.only, exclude=arm.exclude, recompute=arm.recompute)
+    _import_stock(case, arm)
+
+
+def _import_liger(case: Case, arm: Arm) -> None:
+    import liger_kernel.transformers as liger
+
+    getattr(liger, f"apply_liger_kernel_to_{SHAPES[case.model].family}")()
+    _import_stock(case, arm)
+
+
+def _import_unsloth(case: Case, arm: Arm) -> None:
+    # It initialises CUDA when imported, and has to be imported before transformers, trl and peft: only what it does
+    # not patch can come before.
+    for name in ("numpy", "torch", "triton"):
+        importlib.import_module(name)
+
+
+def _build_stock(case: Case, arm: Arm, done: Done) -> Any:
     """The stock model of a case, as a script would make it."""
     import torch
-    import transformers  # noqa: F401
 
-    if case.mode == "lora":
-        import peft  # noqa: F401
-    done("import")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[case.dtype]
     model = build(case.model, layers=case.layers, dtype=dtype, device=case.device)
     if case.mode == "lora":
@@ -275,30 +329,12 @@ def _model(case: Case, done: Done) -> Any:
     return model
 
 
-def _stock(case: Case, arm: Arm, done: Done) -> Any:
-    return _model(case, done)
-
-
-def _fast(case: Case, arm: Arm, done: Done) -> Any:
-    import fast_unsloth_patch
-
-    fast_unsloth_patch.apply(only=arm.only, exclude=arm.exclude, recompute=arm.recompute)
-    return _model(case, done)
-
-
-def _liger(case: Case, arm: Arm, done: Done) -> Any:
-    import liger_kernel.transformers as liger
-
-    getattr(liger, f"apply_liger_kernel_to_{SHAPES[case.model].family}")()
-    return _model(case, done)
-
-
-def _unsloth(case: Case, arm: Arm, done: Done) -> Any:
+def _build_unsloth(case: Case, arm: Arm, done: Done) -> Any:
     """Unsloth by its public calls. It only loads models from disk, so it is given a checkpoint that is a hole."""
     import torch
     import unsloth
 
-    done("import")
+    done("import unsloth")
     folder = Path.cwd() / f"hollow-{case.model}-{case.layers or 'all'}"
     write_hollow_checkpoint(case.model, folder, layers=case.layers)
     done("hollow checkpoint")
@@ -330,6 +366,9 @@ def _unsloth(case: Case, arm: Arm, done: Done) -> Any:
     return model
 
 
-SETUPS: dict[str, Callable[[Case, Arm, Done], Any]] = {
-    "stock": _stock, "fast": _fast, "liger": _liger, "unsloth": _unsloth
-}  # fmt: skip
+SETUPS = {
+    "stock": Setup(_import_stock, _build_stock),
+    "fast": Setup(_import_fast, _build_stock),
+    "liger": Setup(_import_liger, _build_stock),
+    "unsloth": Setup(_import_unsloth, _build_unsloth),
+}

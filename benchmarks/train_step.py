@@ -2,17 +2,23 @@
 
     python benchmarks/train_step.py --impl stock,fast,liger,unsloth --model llama-8b --mode lora --batch 4 --seq 2048 \
         --checkpointing --json benchmarks/results/h200.json
-    python benchmarks/train_step.py --plan PLAN.json --json OUT
+    python benchmarks/train_step.py --plan benchmarks/plans/issue2.json --json OUT
 
 The setting is that of PERFORMANCE.md: random weights in the real model's shape, the same in every implementation
 (`shapes.fill_weights`); autocast; fp32 LoRA adapters r=16 on all seven projections, or every weight in full mode; fused
 AdamW; gradients clipped to norm 1; a new batch of real text each step; the median of `--steps` steps after `--warmup`,
 the device synchronised at each step's end, as Trainer's own NaN filter does.
 
+While an arm measures, the next one's worker already imports, and waits (`workers.py`; `--no-overlap` for one after the
+other). Only imports overlap: a worker builds, runs and measures when no other one uses the GPU. No time in a row
+contains the wait, and none but the phase `import` contains the imports.
+
 A plan is `{"defaults": {...}, "cases": [{...}]}`. A case has the fields of `Case` and `impls`, each a name or the
-fields of `Arm`: `{"impl": "fast", "label": "norms", "only": ["llama.rms_norm"], "rung": 1}` is a rung of the ladder.
-Rows are appended to the JSON file as soon as they exist. The exit status is 1 if stock or fast failed, if their losses
-or gradient norms disagree, or if fast patched nothing; a peer that is absent, fails or disagrees is only reported.
+fields of `Arm`: `{"impl": "fast", "label": "norms", "only": ["llama.rms_norm"], "rung": 1}` is a rung of the ladder,
+`"cold"`, `"profile"` and `"host"` are the options of these names for one arm. Unsloth's import cannot be hidden (it
+initialises CUDA), but it hides the next arm's. Rows are saved as soon as they exist. The exit status is 1 if stock or
+fast failed, if their losses or gradient norms disagree, or if fast patched nothing; a peer that is absent, fails or
+disagrees is only reported, as is a stock model that the GPU's memory does not hold.
 """
 
 from __future__ import annotations
@@ -26,24 +32,18 @@ import importlib.util
 import json
 import os
 import re
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
-import threading
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import report
 import shapes
+import workers
 from shapes import Arm, Case
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
 PACKAGES = {"fast": "fast_unsloth_patch", "liger": "liger_kernel", "unsloth": "unsloth"}
 KERNEL_KINDS = {
     "attention": r"flash|fmha|sdpa|attention",
@@ -215,16 +215,23 @@ def _host(trainer: _Trainer, repeats: int = 12) -> dict[str, float]:
     }
 
 
-def _work(case: Case, arm: Arm, *, profile: bool, host: bool) -> dict[str, Any]:
+def _work(case: Case, arm: Arm) -> dict[str, Any]:
     package = PACKAGES.get(arm.impl)
     if package and importlib.util.find_spec(package) is None:
         return {"status": "absent", "reason": f"{package} is not installed"}
     if arm.impl == "unsloth" and case.device != "cuda":
         return {"status": "absent", "reason": "unsloth needs a CUDA device"}
     phases = _Phases()
-    model = shapes.SETUPS[arm.impl](case, arm, phases.done)
+    setup = shapes.SETUPS[arm.impl]
+    setup.imports(case, arm)
     import torch
 
+    # would have put a context on the GPU that another worker may be measuring
+    cuda_at_import = torch.cuda.is_initialized()
+    phases.done("import")
+    workers.await_go()
+    phases.done("wait")
+    model = setup.build(case, arm, phases.done)
     model.train()
     shapes.fill_weights(model)
     torch.manual_seed(0)
@@ -240,93 +247,35 @@ def _work(case: Case, arm: Arm, *, profile: bool, host: bool) -> dict[str, Any]:
         import fast_unsloth_patch
 
         result["fast"] = fast_unsloth_patch.status().to_dict()
-    if host:
+    if arm.host:
         result["host"] = _host(trainer)
-    if profile:
+        phases.done("host")
+    if arm.profile:
         result["profile"] = _profile(trainer)
         result["profile"]["idle_ms"] = result["step_ms"]["median"] - result["profile"]["busy_ms"]
         phases.done("profile")
-    return result | {"phases": phases.seconds} | report.environment(case.device)
+    result |= {"phases": phases.seconds, "cuda_at_import": cuda_at_import}
+    return result | report.environment(case.device)
 
 
 def worker(spec_file: str, out_file: str) -> None:
     # The folder of a script comes first on sys.path, and `benchmarks/kernels.py` would pass there for Hugging Face's
     # package `kernels`; the checkout has to come first for `fast` to be what is measured.
-    sys.path[0] = str(ROOT)
+    sys.path[0] = str(report.ROOT)
     spec = json.loads(Path(spec_file).read_text())
     case, arm = Case(**spec["case"]), Arm(**spec["arm"])
     try:
-        result = _work(case, arm, profile=spec["profile"], host=spec["host"])
+        result = _work(case, arm)
     except Exception as error:  # whatever a peer raises is a row of the results, not the end of the run
         traceback.print_exc()
         status = "oom" if type(error).__name__ == "OutOfMemoryError" else "failed"
         result = {"status": status, "reason": f"{type(error).__name__}: {error}"[:600]}
-    Path(out_file).write_text(json.dumps(result))
-
-
-@contextlib.contextmanager
-def _work_folder(cold: bool) -> Iterator[Path]:
-    """Where a worker runs: a fresh folder when `cold`, else one that keeps compiled kernels between calls."""
-    if cold:
-        with tempfile.TemporaryDirectory() as name:
-            yield Path(name)
-    else:
-        folder = Path(tempfile.gettempdir()) / "fast_unsloth_bench"
-        folder.mkdir(exist_ok=True)
-        yield folder
-
-
-def _worker_environment(arm: Arm, folder: Path, cold: bool) -> dict[str, str]:
-    env = {key: value for key, value in os.environ.items() if not key.startswith("FAST_UNSLOTH")}
-    env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    env |= {"UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_DISABLE_AUTO_UPDATES": "1"}
-    if cold:
-        env |= {"TRITON_CACHE_DIR": str(folder / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
-    return env | arm.env
-
-
-def _read(process: subprocess.Popen[str], tail: collections.deque[str]) -> None:
-    """Passes on what a worker says of its phases and keeps the end of everything else it prints."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("> "):
-            print(f"    {line[2:].rstrip()}", flush=True)
-        else:
-            tail.append(line)
-
-
-def run_arm(case: Case, arm: Arm, *, timeout: float, cold: bool, profile: bool, host: bool) -> dict[str, Any]:
-    """Runs one arm in its own process and returns its result; a hang or a crash is a result too."""
-    with _work_folder(cold) as folder, tempfile.TemporaryDirectory() as exchange:
-        spec_file, out_file = Path(exchange, "spec.json"), Path(exchange, "out.json")
-        spec = {"case": dataclasses.asdict(case), "arm": dataclasses.asdict(arm), "profile": profile, "host": host}
-        spec_file.write_text(json.dumps(spec))
-        process = subprocess.Popen(
-            [sys.executable, str(HERE / "train_step.py"), "--worker", str(spec_file), str(out_file)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            cwd=folder, env=_worker_environment(arm, folder, cold), start_new_session=True,
-        )  # fmt: skip
-        tail: collections.deque[str] = collections.deque(maxlen=60)
-        reader = threading.Thread(target=_read, args=(process, tail), daemon=True)
-        reader.start()
-        try:
-            ended = f"the process ended with status {process.wait(timeout)}"
-        except subprocess.TimeoutExpired:
-            ended = f"no result after {timeout:.0f} s"
-        # the worker, if it hangs, and whatever it left running: compile servers hold the pipe open
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        reader.join(10)
-        result = json.loads(out_file.read_text()) if out_file.exists() else {"status": "failed", "reason": ended}
-    if result["status"] not in ("ok", "absent"):
-        result["log_tail"] = "".join(tail)[-4000:]
-    return result | {"cold": cold}
+    workers.write_result(Path(out_file), result)
 
 
 def _problem(row: dict[str, Any]) -> str | None:
     """Why a row of stock or fast makes the run fail, if it does."""
-    if row["impl"] not in ("stock", "fast"):
+    if row["impl"] not in ("stock", "fast") or (row["impl"], row["status"]) == ("stock", "oom"):
         return None
     if row["status"] != "ok":
         return f"{row['status']}: {row['reason'].splitlines()[0]}"
@@ -337,74 +286,47 @@ def _problem(row: dict[str, Any]) -> str | None:
     return None
 
 
-def _stored_stock(results: dict[str, Any], case: Case) -> dict[str, Any] | None:
-    """The newest stock row of the same case in the results file: parity can be told against it, speed cannot."""
-    same = [r for r in results["rows"] if r["impl"] == "stock" and r["status"] == "ok"]
-    same = [r for r in same if r["case"] == dataclasses.asdict(case)]
-    return same[-1] if same else None
-
-
 def run_plan(plan: list[tuple[Case, list[Arm]]], options: argparse.Namespace) -> int:
-    started = time.perf_counter()
+    """Measures all cases, saving each row when it exists; returns the exit status."""
     path = Path(options.json) if options.json else None
     results = report.load_results(path) if path else {"rows": [], "floors": []}
     stamp = datetime.datetime.now(datetime.timezone.utc)
     common = {"run": options.run or stamp.strftime("%Y%m%dT%H%M%S"), "date": stamp.strftime("%Y-%m-%d"),
               "commit": options.commit or report.commit(), "source": report.source_digest()}  # fmt: skip
+    jobs = [(case, arm) for case, arms in plan for arm in arms]
     problems: list[str] = []
     tables: list[str] = []
-    for case, arms in plan:
-        stock = _stored_stock(results, case)
-        rows = []
-        for arm in arms:
-            left = options.budget - (time.perf_counter() - started)
-            print(f"{case.title()}: {arm.name()}", flush=True)
-            if left < 20:
-                result: dict[str, Any] = {"status": "skipped", "reason": "no time left in --budget"}
-            else:
-                result = run_arm(case, arm, timeout=min(options.timeout, left), cold=options.cold,
-                                 profile=options.profile, host=options.host)  # fmt: skip
-            row = common | {"impl": arm.impl, "label": arm.name(), "case": dataclasses.asdict(case),
-                            "arm": dataclasses.asdict(arm)} | result  # fmt: skip
-            if row["status"] == "ok":
-                if arm.impl == "stock":
-                    stock = row
-                elif stock:
-                    row["parity"] = report.parity(row, stock, case)
-            problem = _problem(row)
-            if problem:
-                problems.append(f"{case.title()}: {arm.name()}: {problem}")
-            print(report.details(row), end="", flush=True)
-            rows.append(row)
-            results["rows"].append(row)
-            if path:
-                report.save_results(path, results)
-        tables.append(f"{case.title()}\n{report.console_table(rows)}")
+    outcomes = workers.run(jobs, ahead=options.ahead, timeout=options.timeout, budget=options.budget)
+    with contextlib.closing(outcomes):
+        for case, arms in plan:
+            rows: list[dict[str, Any]] = []
+            for arm in arms:
+                print(f"{case.title()}: {arm.name()}", flush=True)
+                row = common | {"impl": arm.impl, "label": arm.name(), "case": dataclasses.asdict(case),
+                                "arm": dataclasses.asdict(arm), "cold": arm.cold} | next(outcomes)  # fmt: skip
+                rows.append(row)
+                results["rows"].append(row)
+                report.add_parity(rows, results["rows"])
+                print(report.details(row), end="", flush=True)
+                if path:
+                    report.save_results(path, results)
+            # only now: stock may have been the last of them
+            problems += [f"{case.title()}: {r['label']}: {p}" for r in rows if (p := _problem(r))]
+            tables.append(f"{case.title()}\n{report.console_table(rows)}")
+            if len(plan) > 1:
+                print(f"\n{tables[-1]}\n", flush=True)
     print("\n" + "\n\n".join(tables), flush=True)
     for problem in problems:
         print(f"FAILED {problem}", file=sys.stderr)
     return 1 if problems else 0
 
 
-def _arm(entry: str | dict[str, Any]) -> Arm:
-    arm = Arm(impl=entry) if isinstance(entry, str) else Arm(**entry)
-    if arm.impl not in shapes.SETUPS:
-        raise SystemExit(f"unknown implementation {arm.impl!r}; known: {', '.join(shapes.SETUPS)}")
-    return arm
-
-
-def read_plan(path: Path) -> list[tuple[Case, list[Arm]]]:
-    document = json.loads(path.read_text())
-    plan = []
-    for entry in document["cases"]:
-        fields = document.get("defaults", {}) | entry
-        arms = [_arm(a) for a in fields.pop("impls")]
-        plan.append((Case(**fields), arms))
-    return plan
-
-
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.split(",") if name)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in _names(text))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -426,28 +348,34 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--recompute", default="full", choices=["full", "stock"])
     parser.add_argument("--unsloth-gc", default="true", choices=["true", "unsloth"])
     parser.add_argument("--plan", type=Path, help="cases from a file, in place of the options above")
+    parser.add_argument("--cases", type=_numbers, default=(), help="of the plan, these only: 1,3 for the first and the third")
     parser.add_argument("--json", help="results file to append to")
     parser.add_argument("--run", help="name of the run (default: the time); one name lets two calls count as one run")
     parser.add_argument("--commit", help="what to record as the commit where there is no git")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds for one worker")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for one worker, from its turn on")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds for the whole call; the rest is skipped")
     parser.add_argument("--cold", action="store_true", help="empty Triton and Inductor caches")
     parser.add_argument("--profile", action="store_true", help="one more step under torch.profiler: the top 40 kernels")
     parser.add_argument("--host", action="store_true", help="host time of forward and backward at 16 tokens")
+    parser.add_argument("--ahead", type=int, default=1, help="how many next workers import while one measures")
+    parser.add_argument("--no-overlap", dest="ahead", action="store_const", const=0, help="the same as --ahead 0")
     options = parser.parse_args(argv)
     if (options.mode, options.dtype) == ("full", "fp16"):
         parser.error("GradScaler refuses fp16 gradients: fp16 goes with --mode lora")
     if options.plan:
-        return run_plan(read_plan(options.plan), options)
-    case = Case(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Case)})
-    arms = [_arm(name) for name in _names(options.impl)]
-    arms = [
-        dataclasses.replace(
-            a, only=options.only, exclude=options.exclude, recompute=options.recompute, unsloth_gc=options.unsloth_gc
-        )
-        for a in arms
-    ]
-    return run_plan([(case, arms)], options)
+        plan = shapes.read_plan(options.plan)
+        if not set(options.cases) <= set(range(1, len(plan) + 1)):
+            parser.error(f"--cases: the plan has the cases 1 to {len(plan)}")
+        plan = [plan[n - 1] for n in options.cases] or plan
+    else:
+        case = Case(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Case)})
+        arm_options = {name: getattr(options, name) for name in ("only", "exclude", "recompute", "unsloth_gc")}
+        plan = [(case, [Arm(name, **arm_options) for name in _names(options.impl)])]
+    unknown = {arm.impl for _, arms in plan for arm in arms} - set(shapes.SETUPS)
+    if unknown:
+        parser.error(f"unknown implementation {', '.join(sorted(unknown))}; known: {', '.join(shapes.SETUPS)}")
+    flags: dict[str, Any] = {name: True for name in ("cold", "profile", "host") if getattr(options, name)}
+    return run_plan([(case, [dataclasses.replace(arm, **flags) for arm in arms]) for case, arms in plan], options)
 
 
 if __name__ == "__main__":

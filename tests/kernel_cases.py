@@ -47,6 +47,10 @@ class Case(NamedTuple):
         values = " ".join(f"{name}={value}" for name, value in (*self.constexprs, *self.options))
         return f"{self.kernel.__name__} of {self.origin} ({' '.join(kind for _, kind in self.signature)}; {values})"
 
+    def of_a_model(self) -> bool:
+        """Is it one that training of a Llama in bf16 has at its usual rank?"""
+        return self.origin.startswith(("8B", "1B"))
+
     def specialisation(self) -> tuple[Any, ...]:
         """All but the origin."""
         return self[1:]
@@ -185,29 +189,26 @@ def _layers() -> Iterator[tuple[str, Layer]]:
         for tokens in (512, 2048, 8192):
             yield f"8B, {tokens} tokens, dropout {p}", Layer(tokens, dropout=p)
         ranked = large._replace(dropout=p)
-        for rank in (4, 8, 64, 128):
+        for rank in (64, 128):
             yield f"rank {rank}, dropout {p}", ranked._replace(ranks=(rank,) * 7)
-        yield f"ranks that differ, dropout {p}", ranked._replace(ranks=(8, 16, 32, 24, 64, 8, 64))
-        yield f"adapters on q, v, up, dropout {p}", ranked._replace(ranks=(16, 0, 16, 0, 0, 16, 0))
-        for tokens in (512, 8192):
-            few = Layer(tokens, dropout=p)
-            yield f"fp16, {tokens} tokens, dropout {p}", few._replace(dtype=FP16, autocast=FP16)
-            yield f"fp32, {tokens} tokens, dropout {p}", few._replace(dtype=FP32, autocast=None)
-            yield f"fp32 adapters, {tokens} tokens, dropout {p}", few._replace(autocast=None)
-    wide = large._replace(ranks=(128,) * 7, dropout=0.1)
-    yield "fp32, rank 128", wide._replace(dtype=FP32, autocast=None)
-    yield "fp32 adapters, rank 128", wide._replace(autocast=None)
-    yield "rank 128, few tokens", wide._replace(tokens=512)
+        yield f"ranks that differ, dropout {p}", ranked._replace(ranks=(8, 16, 4, 24, 64, 8, 4))
+        yield f"fp16, dropout {p}", ranked._replace(dtype=FP16, autocast=FP16)
+        yield f"fp32, dropout {p}", ranked._replace(dtype=FP32, autocast=None)
+        yield f"fp32 adapters, dropout {p}", ranked._replace(autocast=None)
+    masked = large._replace(dropout=0.1)
+    yield "rank 4", masked._replace(ranks=(4,) * 7)
+    yield "rank 8", masked._replace(ranks=(8,) * 7)
+    # As many columns as the low-rank kernels take in all, over three siblings and over two.
+    yield "widest siblings", masked._replace(ranks=(32, 64, 32, 128, 64, 64, 128))
+    yield "widest in fp32", masked._replace(ranks=(32, 64, 32, 128, 64, 64, 128), dtype=FP32, autocast=None)
+    yield "fp32 adapters, few tokens", masked._replace(tokens=512, autocast=None)
+    yield "rank 128, few tokens", masked._replace(tokens=512, ranks=(128,) * 7)
+    yield "adapters on q, v, up", large._replace(ranks=(16, 0, 16, 0, 0, 16, 0))
     yield "no adapter", large._replace(ranks=(0,) * 7)
     yield "biases", Layer(512, bias=True)
     yield "1B", Layer(2048, hidden=2048, intermediate=8192, head_dim=64)
     yield "head size 80", Layer(2048, hidden=2560, intermediate=6912, head_dim=80, kv_heads=32)
     yield "head size 96", Layer(2048, hidden=3072, intermediate=8192, head_dim=96)
-
-
-# Whose kernels may not spill registers on an H100 or H200: the shapes that training has.
-def _is_model(origin: str) -> bool:
-    return origin.startswith("8B") or origin == "1B"
 
 
 def scenarios() -> Iterator[tuple[str, torch.dtype | None, Callable[[], None]]]:
@@ -216,8 +217,8 @@ def scenarios() -> Iterator[tuple[str, torch.dtype | None, Callable[[], None]]]:
         yield name, layer.autocast, lambda layer=layer: run_layer(layer)
     for dtype in (BF16, FP16, FP32):
         kind = str(dtype).removeprefix("torch.")
-        yield f"other ops, 8B, {kind}", None, lambda dtype=dtype: _others(2048, dtype, 4096, 14336, 128256)
-        yield f"rope, 8B, {kind}", None, lambda dtype=dtype: _rope(dtype, dtype, 32, 8, 128, 128)
+        yield f"8B, other ops, {kind}", None, lambda dtype=dtype: _others(2048, dtype, 4096, 14336, 128256)
+        yield f"8B, rope, {kind}", None, lambda dtype=dtype: _rope(dtype, dtype, 32, 8, 128, 128)
     yield "other ops, small", None, lambda: _others(7, FP16, 64, 72, 100)
     yield "the widest norm", None, lambda: _others(7, FP32, 32768, 72, 100)
     yield "partial rope", None, lambda: _rope(FP16, FP32, 24, 3, 80, 32)

@@ -1,80 +1,62 @@
-"""Every kernel of ops/, in every configuration it may run with, compiles for every kind of chip and fits its memory.
+"""Every kernel of ops/, as the ops launch it, compiles for every kind of chip and fits its memory.
 
-No GPU is needed: Triton builds a cubin for any target. An op module takes part by offering
-
-    compile_cases() -> iterable of (name, kernel, signature, constexprs, options)
-
-with the types of the run-time arguments by name, the constexprs by name, and Triton's options. Two more keys of
-``options`` say what `_launch.pick` knows of the configuration: ``smem``, bytes it needs at most, ``min_capability``.
-A chip that would not be given the configuration is not built for.
+No GPU is needed: Triton builds a cubin for any target, and `kernel_cases` says what to build. Everything is built for
+sm_90; for the other chips one case of each kernel and dtype, the one that takes the most shared memory.
 """
 
-import importlib
 import json
+import math
 import os
-import pkgutil
 from pathlib import Path
 
 import pytest
 
-from fast_unsloth_patch import ops
+pytest.importorskip("triton")
+import kernel_cases
+
 from fast_unsloth_patch.ops import _launch
 
-triton = pytest.importorskip("triton")
-
-
-def discover():
-    for info in pkgutil.iter_modules(ops.__path__):
-        module = importlib.import_module(f"{ops.__name__}.{info.name}")
-        if hasattr(module, "compile_cases"):
-            yield from module.compile_cases()
+MAIN = 90
 
 
 def kernels_defined():
     # What the op modules define, to catch a kernel that no case builds. By our convention its name ends in _kernel.
-    for info in pkgutil.iter_modules(ops.__path__):
-        module = importlib.import_module(f"{ops.__name__}.{info.name}")
+    for module in kernel_cases.op_modules():
         for name, value in vars(module).items():
             if name.endswith("_kernel") and getattr(value, "__module__", None) == module.__name__:
-                yield f"{module.__name__}.{name}"
+                yield value
 
 
-def build(kernel, signature, constexprs, options, capability):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    types = {name: "constexpr" if name in constexprs else signature[name] for name in kernel.arg_names}
-    # As at run time: aligned pointers, and strides divisible by 16, which is what the widest loads are made for.
-    divisible = {
-        (i,): [["tt.divisibility", 16]]
-        for i, kind in enumerate(types.values())
-        if kind.startswith("*") or kind in ("i32", "i64")
-    }
-    source = ASTSource(fn=kernel, signature=types, constexprs=constexprs, attrs=divisible)
-    settings = {"enable_fp_fusion": True, **options}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=settings)
+def size_of(case):
+    """The operands' tiles: what shared memory grows with, good enough to find the case that takes the most."""
+    sizes = [v for name, v in case.constexprs if name.startswith(("BLOCK", "SLOTS")) and isinstance(v, int)]
+    flags = [v for name, v in case.constexprs if name in ("J", "MASKED") and v]
+    return math.prod(sizes + flags)
 
 
-def applicable(cases, capability):
-    limits = _launch.target_limits(capability)
-    seen = set()
-    for name, kernel, signature, constexprs, options in cases:
-        options = dict(options)
-        smem, min_capability = options.pop("smem", 0), options.pop("min_capability", 80)
-        if smem > limits.smem or min_capability > capability:
-            continue
-        # All dtypes on one chip; on the others one dtype of each configuration, to save time.
-        key = (kernel.__name__, tuple(sorted(constexprs.items(), key=str)), tuple(sorted(options.items())))
-        if capability != 90 and key in seen:
-            continue
-        seen.add(key)
-        yield name, kernel, signature, constexprs, options, smem
+def most_demanding(cases):
+    """One case of each kernel and dtype of its first operand."""
+    found = {}
+    for case in cases:
+        key = case.kernel, case.signature[0]
+        if key not in found or size_of(case) > size_of(found[key]):
+            found[key] = case
+    return list(found.values())
 
 
-def check_fits(name, compiled, limit, smem):
+def checked(case, capability):
+    try:
+        compiled = kernel_cases.build(case, capability)
+    except Exception as error:  # whatever the compiler raises, say for which case
+        raise AssertionError(f"sm_{capability}: {case}: {error}") from error
+    assert "cubin" in compiled.asm, case
+    check_fits(case, compiled, _launch.SHARED_MEMORY[capability])
+    return compiled
+
+
+def check_fits(case, compiled, limit):
     needed = compiled.metadata.shared
-    assert needed <= limit, f"{name} needs {needed} bytes of shared memory, the chip has {limit}"
-    assert not smem or needed <= smem, f"{name} needs {needed} bytes of shared memory, its table says {smem}"
+    assert needed <= limit, f"{case} needs {needed} bytes of shared memory, the chip has {limit}"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,37 +69,51 @@ def _own_cache(tmp_path_factory):
         os.environ["TRITON_CACHE_DIR"] = before
 
 
-@pytest.mark.parametrize("capability", _launch.TARGETS)
+@pytest.mark.parametrize("capability", [c for c in _launch.TARGETS if c != MAIN])
 def test_compiles_and_fits(capability):
-    limit = _launch.SHARED_MEMORY[capability]
-    built = 0
-    for name, kernel, signature, constexprs, options, smem in applicable(discover(), capability):
-        try:
-            compiled = build(kernel, signature, constexprs, options, capability)
-        except Exception as error:  # whatever the compiler raises, say for which case
-            raise AssertionError(f"{name} for sm_{capability}: {error}") from error
-        assert "cubin" in compiled.asm, name
-        check_fits(name, compiled, limit, smem)
-        built += 1
-    assert built > 20
+    built = most_demanding(kernel_cases.cases(capability))
+    for case in built:
+        checked(case, capability)
+    assert len(built) > 20
 
 
-def test_every_kernel_has_a_case():
-    built = {f"{kernel.__module__}.{kernel.__name__}" for _, kernel, *_ in discover()}
-    assert set(kernels_defined()) <= built
-    assert len(built) >= 6
+KERNELS = sorted({kernel.__name__ for kernel in kernels_defined()})
 
 
-def test_shared_memory_that_does_not_fit_is_seen():
-    """The check itself, with a kernel that is known to need some."""
-    cases = (case for case in discover() if case[0] == "rms_norm_bwd-bf16-bf16-4096-dw1")
-    name, kernel, signature, constexprs, options = next(cases)
-    compiled = build(kernel, signature, constexprs, options, 86)
-    check_fits(name, compiled, 99 * 1024, 0)
-    with pytest.raises(AssertionError, match="the chip has 1024"):
-        check_fits(name, compiled, 1024, 0)
-    with pytest.raises(AssertionError, match="its table says 512"):
-        check_fits(name, compiled, 99 * 1024, 512)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_case(kernel, tmp_path):
+    """For sm_90; and the kernels of a bf16 training step keep their registers: a spill is traffic nobody counted."""
+    cases = [case for case in kernel_cases.cases(MAIN) if case.kernel.__name__ == kernel]
+    assert cases, f"nothing launches {kernel}"
+    for case in cases:
+        compiled = checked(case, MAIN)
+        if case.of_a_model():
+            used = kernel_cases.resources(compiled, tmp_path)
+            assert used["STACK"] == 0, f"{case} spills: {used}"
+
+
+def test_every_kernel_is_launched():
+    assert {id(case.kernel) for case in kernel_cases.cases(MAIN)} >= {id(kernel) for kernel in kernels_defined()}
+    assert len(KERNELS) >= 14
+
+
+def test_every_kind_of_operand_is_covered():
+    cases = kernel_cases.cases(MAIN)
+    down = [case for case in cases if case.kernel.__name__ == "_down_kernel"]
+    assert {case.signature[0][1] for case in down} == {"*bf16", "*fp16", "*fp32"}
+    assert {dict(case.constexprs)["MASKED"] for case in down} == {True, False}
+    assert len({case.specialisation() for case in cases}) == len(cases) > 150
+
+
+def test_shared_memory_that_does_not_fit_is_seen(tmp_path):
+    """The check itself, with a kernel that is known to need some; and that the assembler's report is read."""
+    case = next(case for case in kernel_cases.cases(86) if case.kernel.__name__ == "_rms_norm_bwd_kernel")
+    compiled = kernel_cases.build(case, 86)
+    check_fits(case, compiled, 99 * 1024)
+    with pytest.raises(AssertionError, match="the chip has 8"):
+        check_fits(case, compiled, 8)
+    used = kernel_cases.resources(compiled, tmp_path)
+    assert used["REG"] > 16 and {"STACK", "SHARED"} <= used.keys()
 
 
 def test_the_benchmark_runs(run_python, tmp_path):

@@ -1,7 +1,7 @@
 """The LoRA operations against plain PyTorch: forward and every gradient.
 
-The same cases run three ways: on the CPU through the reference path, in the Triton interpreter (``test_in_the_interpreter`` runs this
-file again in a subprocess), and on a GPU (marker ``gpu``).
+The same cases run three ways: on the CPU through the reference path, in the Triton interpreter
+(``test_in_the_interpreter`` runs this file again in a subprocess), and on a GPU (marker ``gpu``).
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import sys
 
 import pytest
 import torch
+
+from fast_unsloth_patch.ops._siblings import adapted, draw_masks, factors, flatten, operands
 from fast_unsloth_patch.ops.dropout import draw_seed, dropout_bits
-from fast_unsloth_patch.ops.lora_linear import Adapter, Projection, lora_linear, operands
+from fast_unsloth_patch.ops.lora_linear import Adapter, Projection, lora_linear
 from fast_unsloth_patch.ops.lora_mlp import lora_mlp
 from fast_unsloth_patch.ops.lora_qkv import lora_qkv
 from fast_unsloth_patch.reference.lora import lora_linear_ref, lora_mlp_ref, lora_qkv_ref, unpack_dropout_bits
@@ -36,7 +38,20 @@ def tensor(*shape, device, dtype=torch.float32, scale=1.0, grad=True):
     return (torch.randn(*shape, dtype=torch.float64) * scale).to(device, dtype).requires_grad_(grad)
 
 
-def projection(n, k, r, *, device, dtype=torch.float32, adapter_dtype=None, bias=False, lora_bias=False, scaling=1.5, dropout=0.0, train=True):
+def projection(
+    n,
+    k,
+    r,
+    *,
+    device,
+    dtype=torch.float32,
+    adapter_dtype=None,
+    bias=False,
+    lora_bias=False,
+    scaling=1.5,
+    dropout=0.0,
+    train=True,
+):
     adapter = None
     adapter_dtype = adapter_dtype or dtype
     if r:
@@ -154,7 +169,8 @@ def test_lora_qkv(device, dtype, adapter_dtype, ranks, head_dim, rotary, options
     if rotary < head_dim:
         tolerance *= 2  # a second op, hence a second rounding
     run(
-        lambda x, *g: lora_qkv(x, *g, cos, sin, head_dim), lambda x, *g: lora_qkv_ref(x, *g, cos.double(), sin.double(), head_dim),
+        lambda x, *g: lora_qkv(x, *g, cos, sin, head_dim),
+        lambda x, *g: lora_qkv_ref(x, *g, cos.double(), sin.double(), head_dim),
         x, group, x.detach().double().requires_grad_(), [in_float64(p) for p in group], tolerance,
     )  # fmt: skip
 
@@ -227,9 +243,9 @@ def test_lora_mlp_without_output_has_the_same_gradients(device, dropout):
 
 
 def drawn_masks(x2d, group, seed, stream=0):
-    """The masks that an op draws for ``group``, as numbers of 0 and 1, one [T, K] a projection (None without an adapter)."""
-    from fast_unsloth_patch.ops.lora_linear import adapted, draw_masks, factors, flatten
-
+    """The masks that an op draws for ``group``, as numbers of 0 and 1, one [T, K] a projection (None without an
+    adapter).
+    """
     ops = operands(sum((flatten(p) for p in group), ()), tuple(factors(p) for p in group))
     bits = draw_masks(x2d, adapted(ops), seed, stream)
     masks = iter(unpack_dropout_bits(bits, x2d.shape[-1]).double())
@@ -239,7 +255,7 @@ def drawn_masks(x2d, group, seed, stream=0):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rates", [(0.25, 0.25, 0.25), (0.1, 0.0, 0.5)])
 def test_dropout_is_peft_s_with_independent_masks(device, rates):
-    """With the masks it drew, the op is the reference: same values, gradient scale 1 / (1 - p), one mask a projection."""
+    """With the masks it drew the op is the reference: values, gradient scale 1 / (1 - p), one mask a projection."""
     width, tokens = 40, 22
     group = [projection(n, width, 4, device=device, dropout=p, train=False) for n, p in zip((32, 16, 16), rates)]
     x = tensor(2, tokens // 2, width, device=device)
@@ -254,7 +270,8 @@ def test_dropout_is_peft_s_with_independent_masks(device, rates):
         return lora_qkv(x, *g, cos, sin, 8)
 
     run(
-        fn, lambda x, *g: lora_qkv_ref(x, *g, cos.double(), sin.double(), 8, masks=[m.view(2, -1, width) for m in masks]),
+        fn,
+        lambda x, *g: lora_qkv_ref(x, *g, cos.double(), sin.double(), 8, masks=[m.view(2, -1, width) for m in masks]),
         x, group, x.detach().double().requires_grad_(), [in_float64(p) for p in group], 2.5e-6,
     )  # fmt: skip
 

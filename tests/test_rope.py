@@ -1,5 +1,6 @@
 """RoPE against its oracle in float64 and against transformers' function; test_rms_norm.py says how the cases run."""
 
+import itertools
 import os
 
 import pytest
@@ -12,16 +13,20 @@ from fast_unsloth_patch.reference import rope_ref
 from fast_unsloth_patch.status import tally
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+INTERPRETED = "TRITON_INTERPRET" in os.environ
 DTYPES = [torch.float32, torch.float16]
 MIXED = []
-if "TRITON_INTERPRET" not in os.environ:  # bfloat16 is wrong in the interpreter, and never goes there
+if not INTERPRETED:  # bfloat16 is wrong in the interpreter, and never goes there
     DTYPES += [torch.bfloat16]
     MIXED = [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
 
 
-def tolerance(dtype):
-    # Relative L2: three roundings of at most eps / 2, of which the two of the products partly cancel.
-    return 1.5 * torch.finfo(dtype).eps
+def tolerance(dtype, device):
+    """Relative L2. The kernels round once, by at most eps / 2; the reference three times, as stock does."""
+    eps = torch.finfo(dtype).eps
+    if dtype is not torch.float32 and (INTERPRETED or device == "cuda"):
+        return 0.51 * eps  # float32 arithmetic takes less than the hundredth
+    return 1.5 * eps
 
 
 def heads(batch, n, seq, dim, dtype, device, layout):
@@ -54,17 +59,22 @@ def errors(got, want):
     return [((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in zip(got, want, strict=True)]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("layout", ["bhsd", "bshd", "slice", "columns"])
-@pytest.mark.parametrize(
-    ("batch", "n", "kv", "seq", "dim", "rotary", "cos_batch"),
-    [(2, 4, 2, 5, 16, 16, 1), (2, 3, 1, 3, 20, 12, 2), (1, 18, 2, 2, 6, 6, 1), (1, 1, 1, 1, 2, 2, 1)],
-)
-@pytest.mark.parametrize(
-    ("dtype", "cos_dtype"),
-    [*((t, t) for t in DTYPES), *MIXED],
-)
-def test_matches_float64(batch, n, kv, seq, dim, rotary, cos_batch, dtype, cos_dtype, layout, device, poisoned_empty):
+SHAPES = [(2, 4, 2, 5, 16, 16, 1), (2, 3, 1, 3, 20, 12, 2), (1, 18, 2, 2, 6, 6, 1), (1, 1, 1, 1, 2, 2, 1)]
+LAYOUTS = ["bhsd", "bshd", "slice", "columns"]
+PAIRS = [*((t, t) for t in DTYPES), *MIXED]
+# Compiling is what a GPU case costs: there each shape meets one layout, and one pair of dtypes or all.
+CASES = [("cpu", *case) for case in itertools.product(SHAPES, LAYOUTS, PAIRS)]
+if not INTERPRETED:
+    few = [(SHAPES[1], "slice", pair) for pair in PAIRS]
+    few += [(shape, layout, (torch.bfloat16,) * 2) for shape, layout in zip(SHAPES, LAYOUTS) if shape != SHAPES[1]]
+    few += [(SHAPES[0], "columns", (torch.float16,) * 2), (SHAPES[2], "bshd", (torch.float32,) * 2)]
+    CASES += [pytest.param("cuda", *case, marks=pytest.mark.gpu) for case in few]
+
+
+@pytest.mark.parametrize(("device", "shape", "layout", "dtypes"), CASES)
+def test_matches_float64(device, shape, layout, dtypes, poisoned_empty):
+    batch, n, kv, seq, dim, rotary, cos_batch = shape
+    dtype, cos_dtype = dtypes
     q, k = (heads(batch, m, seq, dim, dtype, device, layout) for m in (n, kv))
     cos, sin = angles(cos_batch, seq, rotary, cos_dtype, device)
     grads = [torch.randn(t.shape, device=device).to(torch.promote_types(dtype, cos_dtype)) for t in (q, k)]
@@ -73,29 +83,35 @@ def test_matches_float64(batch, n, kv, seq, dim, rotary, cos_batch, dtype, cos_d
     assert [t.dtype for t in got] == [torch.promote_types(dtype, cos_dtype)] * 2 + [dtype] * 2
     assert all(torch.equal(a, b) for a, b in zip((q, k), before, strict=True))
     for error, t in zip(errors(got, oracle(q, k, cos, sin, grads)), got, strict=True):
-        assert error <= tolerance(t.dtype)
-    # Stock's roundings: in the low dtypes nothing is left to differ.
-    if dtype == cos_dtype != torch.float32:
+        assert error <= tolerance(t.dtype, device)
+    # The reference has stock's roundings: nothing is left to differ.
+    if dtype == cos_dtype != torch.float32 and device == "cpu" and not INTERPRETED:
         want = run(rope_ref, q, k, cos, sin, grads)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+MODELS = [(32, 8, 128), (32, 8, 64), (24, 24, 80), (128, 8, 128), (3, 5, 256)]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "kv", "dim"), [(32, 8, 128), (32, 8, 64), (24, 24, 80), (128, 8, 128), (3, 5, 256)])
+@pytest.mark.parametrize(
+    ("n", "kv", "dim", "dtype"),
+    [*((*model, torch.bfloat16) for model in MODELS), *((32, 8, 128, t) for t in (torch.float16, torch.float32))],
+)
 def test_model_sizes(n, kv, dim, dtype, poisoned_empty):
     q, k = (heads(2, m, 517, dim, dtype, "cuda", "slice") for m in (n, kv))
     cos, sin = angles(1, 517, dim, dtype, "cuda")
     grads = [torch.randn_like(t) for t in (q, k)]
-    got = run(rope, q, k, cos, sin, grads)
-    want = oracle(q, k, cos, sin, grads) if dtype is torch.float32 else run(rope_ref, q, k, cos, sin, grads)
-    limit = tolerance(dtype) if dtype is torch.float32 else 0
-    assert all(error <= limit for error in errors(got, want))
+    want = oracle(q, k, cos, sin, grads)
+    ours, stock = (errors(run(fn, q, k, cos, sin, grads), want) for fn in (rope, rope_ref))
+    assert all(error <= tolerance(dtype, "cuda") for error in ours)
+    # A million elements: one rounding against three is no matter of luck. In float32 both are a few products' roundings.
+    assert all(a <= 1.1 * b for a, b in zip(ours, stock, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_matches_transformers(dtype):
-    if os.environ.get("TRITON_INTERPRET"):
+    if INTERPRETED:
         pytest.skip("the reference path is what this compares on a CPU")
     from transformers.models.llama.configuration_llama import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
@@ -140,7 +156,7 @@ def test_one_output_used(used, device):
     got = torch.autograd.grad(rope(q, k, cos, sin)[used].sum(), (q, k))
     want = torch.autograd.grad(rope_ref(q, k, cos, sin)[used].sum(), (q, k), allow_unused=True, materialize_grads=True)
     assert torch.equal(got[1 - used], torch.zeros_like(got[1 - used]))
-    assert errors(got[used : used + 1], want[used : used + 1])[0] <= tolerance(torch.float32)
+    assert errors(got[used : used + 1], want[used : used + 1])[0] <= tolerance(torch.float32, device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -169,11 +185,11 @@ def test_counts_its_backward_and_launches_kernels_where_it_should(monkeypatch):
     out = rope(q, k, *angles(1, 3, 8, torch.float32, "cpu"), tally=counter)
     torch.autograd.grad(out, (q, k), [torch.ones_like(t) for t in out])
     assert counter.backward == before + 1
-    assert use_triton(q) is bool(os.environ.get("TRITON_INTERPRET"))
+    assert use_triton(q) is INTERPRETED
     assert len(launched) == (2 if use_triton(q) else 0)
 
 
-@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="this is the run it starts")
+@pytest.mark.skipif(INTERPRETED, reason="this is the run it starts")
 def test_interpreter(run_python):
     done = run_python(None, env={"TRITON_INTERPRET": "1"}, args=("-m", "pytest", "-q", "-x", "-m", "not gpu", __file__))
     assert done.returncode == 0, done.stdout + done.stderr

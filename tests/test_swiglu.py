@@ -1,5 +1,6 @@
 """SwiGLU against its oracle in float64 and stock's expression; test_rms_norm.py says how the cases run."""
 
+import itertools
 import os
 
 import pytest
@@ -48,11 +49,22 @@ def errors(got, want):
     return [((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in zip(got, want, strict=True)]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("layout", ["dense", "stacked", "columns"])
-@pytest.mark.parametrize("shape", [(2, 3, 40), (5, 1030), (3, 1), (1, 1024)])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_matches_float64(shape, layout, dtype, device, poisoned_empty):
+SHAPES = [(2, 3, 40), (5, 1030), (3, 1), (1, 1024)]
+LAYOUTS = ["dense", "stacked", "columns"]
+# Compiling is what a GPU case costs: there one shape meets every dtype, the others one layout each.
+CASES = [("cpu", *case) for case in itertools.product(SHAPES, LAYOUTS, DTYPES)]
+CASES += [
+    pytest.param("cuda", *case, marks=pytest.mark.gpu)
+    for case in (
+        *((SHAPES[0], "stacked", dtype) for dtype in DTYPES),
+        *((shape, layout, torch.float16) for shape, layout in zip(SHAPES[1:], ("stacked", "dense", "columns"))),
+        (SHAPES[0], "columns", torch.float16),
+    )
+]
+
+
+@pytest.mark.parametrize(("device", "shape", "layout", "dtype"), CASES)
+def test_matches_float64(device, shape, layout, dtype, poisoned_empty):
     gate, up = inputs(shape, dtype, device, layout)
     dy = torch.randn(shape, device=device).to(dtype)
     got = run(swiglu, gate, up, dy)
@@ -60,9 +72,14 @@ def test_matches_float64(shape, layout, dtype, device, poisoned_empty):
     assert all(error <= tolerance(dtype) for error in errors(got, oracle(gate, up, dy)))
 
 
+MODELS = [(4, 128, 14336), (513, 8192), (77, 11008), (70000, 136)]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(4, 128, 14336), (513, 8192), (77, 11008), (70000, 136)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [*((shape, torch.bfloat16) for shape in MODELS), *((MODELS[0], t) for t in (torch.float16, torch.float32))],
+)
 def test_model_sizes(shape, dtype, poisoned_empty):
     gate, up = inputs(shape, dtype, "cuda", "stacked")
     dy = torch.randn_like(gate)
@@ -77,7 +94,7 @@ def test_error_not_above_stock(dtype, device):
     ours, stock = torch.zeros(3), torch.zeros(3)
     for seed in range(16):
         torch.manual_seed(seed)
-        gate, up = inputs((8, 96), dtype, device)
+        gate, up = inputs((8, 40), dtype, device, "stacked")
         dy = torch.randn_like(gate)
         want = oracle(gate, up, dy)
         for total, fn in ((ours, swiglu), (stock, swiglu_ref)):
@@ -103,8 +120,8 @@ def test_gradcheck():
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_given_outputs_may_be_the_inputs(dtype, device):
-    gate, up = (t.detach() for t in inputs((4, 24), dtype, device, "stacked"))
-    dy = torch.randn(4, 24, device=device).to(dtype)
+    gate, up = (t.detach() for t in inputs((4, 40), dtype, device, "stacked"))
+    dy = torch.randn(4, 40, device=device).to(dtype)
     want_y = swiglu_fwd(gate, up)
     want = swiglu_bwd(dy, gate, up)
     kept = torch.empty_like(dy)
@@ -117,7 +134,7 @@ def test_given_outputs_may_be_the_inputs(dtype, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_forward_over_its_input(device):
-    gate, up = (t.detach() for t in inputs((4, 24), torch.float32, device))
+    gate, up = (t.detach() for t in inputs((4, 40), torch.float32, device))
     want = swiglu_fwd(gate, up)
     assert swiglu_fwd(gate, up, out=up) is up
     assert torch.equal(up, want)

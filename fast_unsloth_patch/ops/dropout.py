@@ -1,13 +1,14 @@
 """Keep masks of LoRA dropout, one bit an element.
 
-PEFT drops the input of every projection independently: seven masks a Llama layer, 319 million draws at 8192 tokens of the 8B
-shape. Drawing them again in every pass that needs them would cost more than the passes, so the mask is drawn once where the
-forward (or its recompute) runs and kept as one bit an element until that layer's backward.
+PEFT drops the input of every projection independently: seven masks a Llama layer, 319 million draws at 8192 tokens of
+the 8B shape. Drawing them again in every pass that needs them would cost more than the passes, so the mask is drawn
+once where the forward (or its recompute) runs and kept as one bit an element until that layer's backward.
 
-A word of 32 keep bits is a bit-sliced Bernoulli variable: fold random words from the least significant bit of the 16-bit
-threshold upwards, ``r <- r | w`` where the threshold's bit is 1 and ``r <- r & w`` where it is 0; each bit of r is then 1 with
-probability threshold / 65536. That is one operation a word instead of 32 comparisons. The random words are Philox-4x32 with 7 rounds
-(Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11), all four outputs used.
+A word of 32 keep bits is a bit-sliced Bernoulli variable: fold random words from the least significant bit of the
+16-bit threshold upwards, ``r <- r | w`` where the threshold's bit is 1 and ``r <- r & w`` where it is 0; each bit of
+r is then 1 with probability threshold / 65536. That is one operation a word instead of 32 comparisons. The random
+words are Philox-4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11), all four
+outputs used.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def _philox7(c0, c1, c2, c3, k0, k1):
 
 
 @jit(do_not_specialize=["n_words"])
-def _dropout_bits_kernel(bits_ptr, seed_ptr, n_words, STREAM: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK: tl.constexpr):
+def _dropout_bits_kernel(
+    bits_ptr, seed_ptr, n_words, STREAM: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK: tl.constexpr
+):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     seed = tl.load(seed_ptr)
     k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
@@ -57,7 +60,9 @@ def _dropout_bits_kernel(bits_ptr, seed_ptr, n_words, STREAM: tl.constexpr, THRE
 
 
 def draw_seed(device: torch.device) -> torch.Tensor:
-    """One int64 from torch's own generator of the device: reproducible by ``manual_seed``, restored by checkpointing, no host sync."""
+    """One int64 from torch's own generator of the device: reproducible by ``manual_seed``, restored by checkpointing,
+    no host sync.
+    """
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 

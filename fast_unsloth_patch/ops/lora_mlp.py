@@ -2,16 +2,18 @@
 
 ``y = down(silu(gate(x)) * up(x)) (+ residual)``.
 
-The GEMMs of gate and up leave their low-rank updates out; the SwiGLU kernels, which are bound by memory, add them from the r-wide
-``u`` in registers, in the forward and again in the backward, so that LoRA on gate and up costs no pass over the intermediate. The
-backward kernel does the same for the update of ``dY W_down``, overwrites gate and up with their gradients and leaves the hidden activation
-in dh's place: nothing of the intermediate's size is allocated but dh. It overwrites only where no second backward can come.
+The GEMMs of gate and up leave their low-rank updates out; the SwiGLU kernels, which are bound by memory, add them
+from the r-wide ``u`` in registers, in the forward and again in the backward, so that LoRA on gate and up costs no
+pass over the intermediate. The backward kernel does the same for the update of ``dY W_down``, overwrites gate and up
+with their gradients and leaves the hidden activation in dh's place: nothing of the intermediate's size is allocated
+but dh. It overwrites only where no second backward can come.
 
-In the recompute of a checkpointed layer whose output nobody reads (``need_output=False``) the forward stops before SwiGLU: the hidden
-activation is formed in backward anyway, and u of ``down`` from it (which is why that u alone is not saved).
+In the recompute of a checkpointed layer whose output nobody reads (``need_output=False``) the forward stops before
+SwiGLU: the hidden activation is formed in backward anyway, and u of ``down`` from it (which is why that u alone is
+not saved).
 
-SwiGLU is Shazeer, "GLU variants improve transformer" (2020); recomputing the activation in backward instead of saving it is common to Liger
-and others.
+SwiGLU is Shazeer, "GLU variants improve transformer" (2020); recomputing the activation in backward instead of saving
+it is common to Liger and others.
 """
 
 from __future__ import annotations
@@ -24,26 +26,25 @@ from torch.autograd import Function
 from ._autograd import once_differentiable
 from ._dispatch import use_triton
 from ._launch import jit, launch, tl
-from .lora_linear import (
+from ._low_rank_kernels import dropped, load_factor
+from ._siblings import (
     TENSORS,
     Dtypes,
     Low,
     OperandGrads,
     Operands,
+    Parameters,
     Projection,
     a_gradients,
     adapted,
-    add_update,
     b_gradients,
     base_grads,
-    base_linear,
     check_width,
     down_gradient,
     draw_masks,
     factors,
     flatten,
     keep_scale,
-    layout,
     linear_forward,
     operands,
     project_down,
@@ -51,9 +52,10 @@ from .lora_linear import (
     rows,
     seed_for,
     siblings_backward,
+    siblings_forward,
     without_autocast,
 )
-from .low_rank import Siblings, dropped, expand, load_factor, precision, rank_slots, widened
+from .low_rank import Siblings, expand, precision, rank_slots, widened
 
 _MAX_FUSED_SLOTS = 64
 _BLOCK_T, _BLOCK_N = 16, 128
@@ -61,20 +63,34 @@ _DOWN_STREAM = 8
 
 
 @jit
-def _add_update(value, u_ptr, m, rows, row_mask, FIRST: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr,
-                PRECISION: tl.constexpr):
-    # value + u m for one tile. The update is rounded first, as stock rounds it: half the bytes through the layout conversion.
-    u = tl.load(u_ptr + rows[:, None] * WIDTH + (FIRST + tl.arange(0, SLOTS))[None, :], mask=row_mask[:, None], other=0.0)
+def _add_update(
+    value,
+    u_ptr,
+    m,
+    rows,
+    row_mask,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # value + u m for one tile. The update is rounded first, as stock rounds it: half the bytes through the layout
+    # conversion.
+    u = tl.load(
+        u_ptr + rows[:, None] * WIDTH + (FIRST + tl.arange(0, SLOTS))[None, :], mask=row_mask[:, None], other=0.0
+    )
     return value + tl.dot(u, m.to(u.dtype), input_precision=PRECISION).to(u.dtype).to(tl.float32)
 
 
 @jit(do_not_specialize=["T"])
 def _swiglu_fwd_kernel(
     gu_ptr, u_ptr, bg_ptr, bu_ptr, h_ptr, T,
-    N: tl.constexpr, WIDTH: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr, SLOTS_G: tl.constexpr, SLOTS_U: tl.constexpr,
+    N: tl.constexpr, WIDTH: tl.constexpr,
+    RG: tl.constexpr, RU: tl.constexpr, SLOTS_G: tl.constexpr, SLOTS_U: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    # One block of columns, TILES blocks of rows: the factors stay in registers, else they would be read as often as gate and up.
+    # One block of columns, TILES blocks of rows: the factors stay in registers, else they would be read as often as
+    # gate and up.
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     bg = load_factor(bg_ptr, cols, N, RG, SLOTS_G, True, True) if RG else 0
     bu = load_factor(bu_ptr, cols, N, RU, SLOTS_U, True, True) if RU else 0
@@ -96,7 +112,8 @@ def _swiglu_fwd_kernel(
 @jit(do_not_specialize=["T"])
 def _swiglu_bwd_kernel(
     dh_ptr, gu_ptr, dgu_ptr, u_ptr, bg_ptr, bu_ptr, du_ptr, ad_ptr, bits_ptr, kept, T,
-    N: tl.constexpr, WIDTH: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr, SLOTS_G: tl.constexpr, SLOTS_U: tl.constexpr,
+    N: tl.constexpr, WIDTH: tl.constexpr,
+    RG: tl.constexpr, RU: tl.constexpr, SLOTS_G: tl.constexpr, SLOTS_U: tl.constexpr,
     RD: tl.constexpr, SLOTS_D: tl.constexpr, WORDS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -150,7 +167,9 @@ def _fused(gu: torch.Tensor, group: list[Operands]) -> bool:
 
 
 def _update_arguments(gu, u, group):
-    """(u, B of gate, B of up) and the constexprs that describe them; u is None where the GEMMs started from the updates."""
+    """(u, B of gate, B of up) and the constexprs that describe them; u is None where the GEMMs started from the
+    updates.
+    """
     gate, up = group
     ranks = _ranks(group) if u is not None else [0, 0]
     tensors = (gu if u is None else u, gate.b.contiguous() if ranks[0] else gu, up.b.contiguous() if ranks[1] else gu)
@@ -175,7 +194,9 @@ def _swiglu_forward(gu: torch.Tensor, u: torch.Tensor | None, group: list[Operan
 
 
 def _swiglu_backward(dh, gu, dgu, u, group, op_down, du, masks):
-    """Fills dgu [T, 2 I] (which may be gu) and turns dh [T, I] into h; adds the update of ``op_down`` to dh first if du is given."""
+    """Fills dgu [T, 2 I] (which may be gu) and turns dh [T, I] into h; adds the update of ``op_down`` to dh first if
+    du is given.
+    """
     tokens, width = dh.shape
     if not use_triton(dh):
         gate, up = (widened(t) for t in gu.split(width, 1))
@@ -193,13 +214,15 @@ def _swiglu_backward(dh, gu, dgu, u, group, op_down, du, masks):
     tensors, consts = _update_arguments(gu, u, group)
     rank = 0 if du is None else op_down.a.shape[0]
     args = (
-        dh, gu, dgu, *tensors, dh if du is None else du, dh if du is None else op_down.a.contiguous(), dh if masks is None else masks,
-        keep_scale(op_down.dropout), tokens,
+        dh, gu, dgu, *tensors, dh if du is None else du, dh if du is None else op_down.a.contiguous(),
+        dh if masks is None else masks, keep_scale(op_down.dropout), tokens,
     )  # fmt: skip
     tiles = _tiles(tokens)
-    launch(_swiglu_bwd_kernel, _grid(tokens, width, tiles), args,
-           (width, *consts, rank, rank_slots(max(rank, 1)), 0 if masks is None else masks.shape[2],
-            precision(tensors[0].dtype if du is None else du.dtype), _BLOCK_T, _BLOCK_N, tiles), num_warps=4)  # fmt: skip
+    consts = (
+        width, *consts, rank, rank_slots(max(rank, 1)), 0 if masks is None else masks.shape[2],
+        precision(tensors[0].dtype if du is None else du.dtype), _BLOCK_T, _BLOCK_N, tiles,
+    )  # fmt: skip
+    launch(_swiglu_bwd_kernel, _grid(tokens, width, tiles), args, consts, num_warps=4)
 
 
 def _second_backward_possible() -> bool:
@@ -207,7 +230,9 @@ def _second_backward_possible() -> bool:
 
 
 class LoraMLP(Function):
-    """Autograd node of ``lora_mlp``; saves x, gate and up (without their updates where fused), their u, the masks and the parameters."""
+    """Autograd node of ``lora_mlp``; saves x, gate and up (without their updates where fused), their u, the masks and
+    the parameters.
+    """
 
     @staticmethod
     def forward(ctx, x, residual, *rest):
@@ -218,27 +243,24 @@ class LoraMLP(Function):
         width = gate.weight.shape[0]
         masks = draw_masks(x2d, adapted(group), seed)
         low = project_down(x2d, group, masks, dtypes.low)
-        u = low.u
         gu = torch.empty((x2d.shape[0], 2 * width), dtype=dtypes.base, device=x.device)
         fused = _fused(gu, group)
-        at, place = 0, layout(group)
-        for op, part in zip(group, gu.split(width, 1)):
-            first = op.a is not None and not fused
-            if first:
-                add_update(u[:, place.starts[at] : place.starts[at] + place.slots[at]], op, dtypes.low, part)
-            base_linear(x2d, op, part, accumulate=first)
-            at += op.a is not None
+        siblings_forward(x2d, group, low, gu, dtypes, updates_later=fused)
         masks_down = draw_masks(gu[:, :width], adapted([op_down]), seed, _DOWN_STREAM)
         if need_output:
-            h = _swiglu_forward(gu, u if fused else None, group)
-            y = linear_forward(h, op_down, project_down(h, [op_down], masks_down, dtypes.low).u, dtypes).view(*x.shape[:-1], -1)
+            h = _swiglu_forward(gu, low.u if fused else None, group)
+            y = linear_forward(h, op_down, project_down(h, [op_down], masks_down, dtypes.low).u, dtypes).view(
+                *x.shape[:-1], -1
+            )
             if residual is not None:
                 y = y + residual if y.dtype is not residual.dtype else y.add_(residual)
         else:
             dtype = dtypes.base if residual is None else torch.promote_types(dtypes.base, residual.dtype)
             y = torch.zeros((), dtype=dtype, device=x.device).expand(*x.shape[:-1], op_down.weight.shape[0])
-        # The same tensors whether or not the output was computed: a non-reentrant checkpoint compares forward and recompute.
-        ctx.save_for_backward(x2d, *low, masks, gu, masks_down, *tensors)
+        # The same tensors whether or not the output was computed: a non-reentrant checkpoint compares forward and
+        # recompute.
+        ctx.save_for_backward(x2d, *low, masks, gu, masks_down)
+        ctx.parameters = Parameters.of(tuple(tensors))
         ctx.values, ctx.dtypes, ctx.tally, ctx.fused = values, dtypes, tally, fused
         ctx.x_shape, ctx.x_dtype, ctx.residual_dtype = x.shape, x.dtype, None if residual is None else residual.dtype
         return y
@@ -248,8 +270,8 @@ class LoraMLP(Function):
     def backward(ctx, dy):
         if ctx.tally is not None:
             ctx.tally.hit_backward()
-        x, u, packed, masks, gu, masks_down, *tensors = ctx.saved_tensors
-        gate, up, op_down = operands(tuple(tensors), ctx.values)
+        x, u, packed, masks, gu, masks_down = ctx.saved_tensors
+        gate, up, op_down = operands(ctx.parameters.unchanged(), ctx.values)
         dtypes, needs = ctx.dtypes, ctx.needs_input_grad
         d_residual = dy.to(ctx.residual_dtype) if needs[1] else None
         with without_autocast(x):
@@ -264,7 +286,16 @@ class LoraMLP(Function):
                 expand(du, kept, dtypes.low, dh, add=True)
                 du_fused = None
             dgu = torch.empty_like(gu) if _second_backward_possible() else gu
-            _swiglu_backward(dh, gu, dgu, u if ctx.fused else None, [gate, up], op_down, du_fused, masks_down if du_fused is not None else None)
+            _swiglu_backward(
+                dh,
+                gu,
+                dgu,
+                u if ctx.fused else None,
+                [gate, up],
+                op_down,
+                du_fused,
+                masks_down if du_fused is not None else None,
+            )
             start = 2 + 2 * TENSORS
             down_grads = _down_backward(dy, dh, op_down, du, masks_down, dtypes, needs[start : start + TENSORS])
             del dh
@@ -306,8 +337,8 @@ def lora_mlp(
         gate, up: projections to the intermediate width I.
         down: projection back to K.
         residual: [..., K], added to the result.
-        need_output: False where only the backward will be used (a recompute whose output nobody reads): the result is then zeros of the
-            right shape and dtype, and everything that backward needs is saved.
+        need_output: False where only the backward will be used (a recompute whose output nobody reads): the result is
+            then zeros of the right shape and dtype, and everything that backward needs is saved.
         tally: object with ``hit_backward()``, called once a backward.
 
     Returns:
@@ -319,8 +350,8 @@ def lora_mlp(
     check_width(x, gate, up)
     if gate.weight.shape != up.weight.shape or down.weight.shape[1] != gate.weight.shape[0]:
         raise ValueError(
-            f"gate {tuple(gate.weight.shape)}, up {tuple(up.weight.shape)} and down {tuple(down.weight.shape)} do not fit: "
-            "expected gate and up [I, K] and down [K, I]"
+            f"gate {tuple(gate.weight.shape)}, up {tuple(up.weight.shape)} and down {tuple(down.weight.shape)} do not "
+            "fit: expected gate and up [I, K] and down [K, I]"
         )
     return LoraMLP.apply(
         x, residual, *flatten(gate), *flatten(up), *flatten(down), (factors(gate), factors(up), factors(down)),

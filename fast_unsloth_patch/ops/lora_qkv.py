@@ -1,8 +1,10 @@
-"""The q, k, v projections of an attention layer with their LoRA updates and rotary embedding, as one differentiable operation.
+"""The q, k, v projections of an attention layer with their LoRA updates and rotary embedding, as one differentiable
+operation.
 
-Three library GEMMs write side by side into one [T, (Hq + 2 Hk) D] buffer; one kernel then adds the low-rank updates (a tile of
-``u B^T`` in registers) and rotates q and k in place, so that LoRA costs no pass of its own. The backward's first kernel rotates dq and
-dk back and lays dq, dk, dv side by side, whatever strides attention's backward gave them; the rest is ``siblings_backward``.
+Three library GEMMs write side by side into one [T, (Hq + 2 Hk) D] buffer; one kernel then adds the low-rank updates
+(a tile of ``u B^T`` in registers) and rotates q and k in place, so that LoRA costs no pass of its own. The backward's
+first kernel rotates dq and dk back and lays dq, dk, dv side by side, whatever strides attention's backward gave them;
+the rest is ``siblings_backward``.
 
 The rotation is Su et al., "RoFormer" (2021), in the half-split layout of Hugging Face: ``y0 = x0 cos0 - x1 sin0``,
 ``y1 = x1 cos1 + x0 sin1``, in fp32 with one rounding.
@@ -18,25 +20,24 @@ from torch.autograd import Function
 from ._autograd import once_differentiable
 from ._dispatch import use_triton
 from ._launch import jit, launch, tl
-from .lora_linear import (
+from ._siblings import (
     TENSORS,
     Low,
     Operands,
+    Parameters,
     Projection,
     adapted,
-    add_update,
-    base_linear,
     check_width,
     draw_masks,
     factors,
     flatten,
-    layout,
     operands,
     project_down,
     resolve_dtypes,
     rows,
     seed_for,
     siblings_backward,
+    siblings_forward,
     without_autocast,
 )
 from .low_rank import layout_of, precision, rank_slots, widened
@@ -64,7 +65,8 @@ def _qkv_fwd_kernel(
     y_ptr, u_ptr, b0_ptr, b1_ptr, b2_ptr, cos_ptr, sin_ptr, T, S, cos_sb, cos_ss,
     HQ: tl.constexpr, HK: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, ROTATE: tl.constexpr,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
-    U0: tl.constexpr, U1: tl.constexpr, U2: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr,
+    U0: tl.constexpr, U1: tl.constexpr, U2: tl.constexpr,
+    HEADS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     D: tl.constexpr = 2 * HALF
     STRIDE: tl.constexpr = (HQ + 2 * HK) * D
@@ -89,7 +91,11 @@ def _qkv_fwd_kernel(
                 if head >= HQ + HK:
                     b_ptr, rank, first, row = b2_ptr, R2, U2, (head - HQ - HK) * D
                 rank_mask = ranks < rank
-                u = tl.load(u_ptr + rows[:, None] * WIDTH + (first + ranks)[None, :], mask=row_mask[:, None] & rank_mask[None, :], other=0.0)
+                u = tl.load(
+                    u_ptr + rows[:, None] * WIDTH + (first + ranks)[None, :],
+                    mask=row_mask[:, None] & rank_mask[None, :],
+                    other=0.0,
+                )
                 b_at = b_ptr + (row + half)[None, :] * rank + ranks[:, None]
                 b_mask = rank_mask[:, None] & half_mask[None, :]
                 b_low = tl.load(b_at, mask=b_mask, other=0.0).to(u.dtype)
@@ -97,7 +103,7 @@ def _qkv_fwd_kernel(
                 x0 += tl.dot(u, b_low, input_precision=PRECISION)
                 x1 += tl.dot(u, b_high, input_precision=PRECISION)
             y0, y1 = x0, x1
-            if ROTATE:
+            if ROTATE:  # noqa: SIM102  (a run-time condition would have to be computed where the constexpr says no)
                 if head < HQ + HK:
                     y0 = x0 * cos0 - x1 * sin0
                     y1 = x1 * cos1 + x0 * sin1
@@ -134,7 +140,7 @@ def _qkv_bwd_kernel(
             d0 = tl.load(at, mask=mask, other=0.0).to(tl.float32)
             d1 = tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32)
             x0, x1 = d0, d1
-            if ROTATE:
+            if ROTATE:  # noqa: SIM102  (a run-time condition would have to be computed where the constexpr says no)
                 if head < HQ + HK:
                     x0 = d0 * cos0 + d1 * sin1
                     x1 = d1 * cos1 - d0 * sin0
@@ -190,10 +196,20 @@ def _add_and_rotate(y, u, group, ranks, cos, sin, shape, heads, head_dim, rotate
     b = [filler if t is y else t for t in b]
     slots = max((rank_slots(r) for r in ranks), default=16)
     half = head_dim // 2
-    args = (y, y if u is None else u, *b, cos, sin, tokens, shape[1], cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1))
+    args = (
+        y,
+        y if u is None else u,
+        *b,
+        cos,
+        sin,
+        tokens,
+        shape[1],
+        cos.stride(0) if cos.shape[0] > 1 else 0,
+        cos.stride(1),
+    )
     consts = (
-        *heads, half, max(16, 1 << (half - 1).bit_length()), rotate, slots, u.shape[1] if ranks else 0, *rank_of, *offsets,
-        _HEADS_PER_PROGRAM, precision(y.dtype if u is None else u.dtype), _block_t(tokens),
+        *heads, half, max(16, 1 << (half - 1).bit_length()), rotate, slots, u.shape[1] if ranks else 0, *rank_of,
+        *offsets, _HEADS_PER_PROGRAM, precision(y.dtype if u is None else u.dtype), _block_t(tokens),
     )  # fmt: skip
     launch(_qkv_fwd_kernel, _grid(tokens, heads[0] + 2 * heads[1]), args, consts, num_warps=4, num_stages=2)
 
@@ -235,25 +251,29 @@ class LoraQKV(Function):
         heads = (widths[0] // head_dim, widths[1] // head_dim)
         masks = draw_masks(x2d, adapted(group), seed)
         low = project_down(x2d, group, masks, dtypes.low)
-        u = low.u
         y = torch.empty((batch * seq, sum(widths)), dtype=dtypes.base, device=x.device)
         kernel = use_triton(y) and y.numel() > 0
         ranks = _fused_ranks(group)
         fused = kernel and all(rank_slots(r) <= _MAX_FUSED_SLOTS for r in ranks)
-        start, at, place = 0, 0, layout(group)
-        for op, width in zip(group, widths):
-            part = y[:, start : start + width]
-            first = op.a is not None and not fused
-            if first:
-                add_update(u[:, place.starts[at] : place.starts[at] + place.slots[at]], op, dtypes.low, part)
-            base_linear(x2d, op, part, accumulate=first)
-            start, at = start + width, at + (op.a is not None)
+        siblings_forward(x2d, group, low, y, dtypes, updates_later=fused)
         if kernel:
-            _add_and_rotate(y, u if fused else None, group, ranks if fused else (), cos, sin, (batch, seq), heads, head_dim, rotate)
+            _add_and_rotate(
+                y,
+                low.u if fused else None,
+                group,
+                ranks if fused else (),
+                cos,
+                sin,
+                (batch, seq),
+                heads,
+                head_dim,
+                rotate,
+            )
         elif rotate:
             for part in _heads(y, batch, seq, heads, head_dim)[:2]:
                 part.copy_(_rotate_reference(part, cos, sin))
-        ctx.save_for_backward(x2d, *low, masks, cos, sin, *tensors)
+        ctx.save_for_backward(x2d, *low, masks, cos, sin)
+        ctx.parameters = Parameters.of(tuple(tensors))
         ctx.values, ctx.dtypes, ctx.tally = values, dtypes, tally
         ctx.layout = (x.shape, x.dtype, heads, head_dim, rotate)
         return _heads(y, batch, seq, heads, head_dim)
@@ -263,13 +283,20 @@ class LoraQKV(Function):
     def backward(ctx, *grads):
         if ctx.tally is not None:
             ctx.tally.hit_backward()
-        x, u, packed, masks, cos, sin, *tensors = ctx.saved_tensors
+        x, u, packed, masks, cos, sin = ctx.saved_tensors
         x_shape, x_dtype, heads, head_dim, rotate = ctx.layout
-        group = operands(tuple(tensors), ctx.values)
+        group = operands(ctx.parameters.unchanged(), ctx.values)
         with without_autocast(x):
             dy = _unrotate(grads, cos, sin, x_shape[:2], heads, head_dim, rotate, ctx.dtypes.base)
             dx, parts = siblings_backward(
-                dy, x, Low(u, packed), group, masks, ctx.dtypes, ctx.needs_input_grad[3 : 3 + 3 * TENSORS], need_dx=ctx.needs_input_grad[0]
+                dy,
+                x,
+                Low(u, packed),
+                group,
+                masks,
+                ctx.dtypes,
+                ctx.needs_input_grad[3 : 3 + 3 * TENSORS],
+                need_dx=ctx.needs_input_grad[0],
             )
         if dx is not None:
             dx = dx.view(x_shape).to(x_dtype)
@@ -291,15 +318,15 @@ def lora_qkv(
 
     Args:
         x: [B, S, K].
-        q, k, v: projections; q's output is Hq * head_dim wide, k's and v's Hk * head_dim. Each adapter may have its own rank,
-            scaling and dropout; masks are independent.
+        q, k, v: projections; q's output is Hq * head_dim wide, k's and v's Hk * head_dim. Each adapter may have its
+            own rank, scaling and dropout; masks are independent.
         cos, sin: [1 or B, S, R], R <= head_dim even; where R < head_dim the first R dimensions of a head rotate.
         head_dim: D.
         tally: object with ``hit_backward()``, called once a backward.
 
     Returns:
-        q [B, Hq, S, D], k and v [B, Hk, S, D], in the compute dtype of ``lora_linear``: views of one [B, S, Hq + 2 Hk, D] buffer,
-        a layout that attention kernels read as it is.
+        q [B, Hq, S, D], k and v [B, Hk, S, D], in the compute dtype of ``lora_linear``: views of one [B, S, Hq + 2
+        Hk, D] buffer, a layout that attention kernels read as it is.
 
     Raises:
         ValueError: for widths that do not divide into heads, or operands that do not fit.
@@ -307,12 +334,20 @@ def lora_qkv(
     check_width(x, q, k, v)
     for name, projection in (("q", q), ("k", k), ("v", v)):
         if projection.weight.shape[0] % head_dim or head_dim % 2:
-            raise ValueError(f"{name} is {projection.weight.shape[0]} wide, expected a multiple of an even head size, got {head_dim}")
+            raise ValueError(
+                f"{name} is {projection.weight.shape[0]} wide, expected a multiple of an even head size, got {head_dim}"
+            )
     if k.weight.shape[0] != v.weight.shape[0]:
         raise ValueError(f"k is {k.weight.shape[0]} wide and v {v.weight.shape[0]}, expected the same number of heads")
-    if cos.shape != sin.shape or cos.shape[0] not in (1, x.shape[0]) or cos.shape[1] != x.shape[1] or cos.shape[2] > head_dim:
+    if (
+        cos.shape != sin.shape
+        or cos.shape[0] not in (1, x.shape[0])
+        or cos.shape[1] != x.shape[1]
+        or cos.shape[2] > head_dim
+    ):
         raise ValueError(
-            f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not fit x {tuple(x.shape)}: expected [1 or {x.shape[0]}, {x.shape[1]}, <= {head_dim}]"
+            f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not fit x {tuple(x.shape)}: "
+            f"expected [1 or {x.shape[0]}, {x.shape[1]}, <= {head_dim}]"
         )
     rotate = cos.shape[-1] == head_dim
     cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (cos, sin))

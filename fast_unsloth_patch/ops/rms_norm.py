@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -201,50 +200,3 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, tally: Any = None) -> Ten
     backward is that of the RMSNorm paper (Zhang and Sennrich, 2019).
     """
     return RMSNorm.apply(x, weight, eps, tally)
-
-
-def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """What the compile test builds: (name, kernel, signature, constexprs, options)."""
-    for x, w, h in (
-        ("bf16", "bf16", 4096),
-        ("bf16", "fp32", 2048),
-        ("fp16", "fp16", 64),
-        ("fp32", "fp32", _MAX_H),
-    ):
-        y = "fp32" if "fp32" in (x, w) else x
-        block, rows, num_warps = _tile(h)
-        consts: dict[str, Any] = {"H": h, "BLOCK_H": block, "ROWS": rows}
-        options = {"num_warps": num_warps, "num_stages": 2}
-        row = {"x_ptr": f"*{x}", "w_ptr": f"*{w}"}
-        yield (
-            f"rms_norm_fwd-{x}-{w}-{h}",
-            _rms_norm_fwd_kernel,
-            {**row, "y_ptr": f"*{y}", "rstd_ptr": "*fp32", "stride_xt": "i32", "n_rows": "i32", "eps": "fp32"},
-            consts,
-            options,
-        )
-        for need_dw in (False, True):
-            yield (
-                f"rms_norm_bwd-{x}-{w}-{h}-dw{need_dw:d}",
-                _rms_norm_bwd_kernel,
-                {
-                    "dy_ptr": f"*{y}",
-                    **row,
-                    "rstd_ptr": "*fp32",
-                    "dx_ptr": f"*{x}",
-                    "partial_ptr": "*fp32",
-                    "stride_dyt": "i32",
-                    "stride_xt": "i32",
-                    "n_rows": "i32",
-                    "n_tiles": "i32",
-                },
-                {**consts, "NEED_DW": need_dw},
-                options,
-            )
-        yield (
-            f"rms_norm_dw-{w}-{h}",
-            _rms_norm_dw_kernel,
-            {"partial_ptr": "*fp32", "dw_ptr": f"*{w}", "n_partials": "i32"},
-            {"H": h, "BLOCK_ROWS": _REDUCE_ROWS, "BLOCK_COLS": _REDUCE_COLS},
-            {"num_warps": 4, "num_stages": 2},
-        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -38,14 +37,14 @@ def _rope_tile(
     y_row = y_ptr + heads[:, None] * stride_yh
     x1 = tl.load(x_row + half_cols[None, :], mask=mask, other=0.0).to(tl.float32)
     x2 = tl.load(x_row + HALF + half_cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    dtype = y_ptr.dtype.element_ty
-    # Every product is rounded before the sum, as stock's two multiplications and its addition do.
+    # One rounding, by the stores. To round each product as stock does would not give stock's bits either: the compiler
+    # narrows the whole expression to bfloat16 and contracts a product and the sum there.
     if BACKWARD:
-        y1 = (x1 * c1).to(dtype).to(tl.float32) + (x2 * s2).to(dtype).to(tl.float32)
-        y2 = (x2 * c2).to(dtype).to(tl.float32) - (x1 * s1).to(dtype).to(tl.float32)
+        y1 = x1 * c1 + x2 * s2
+        y2 = x2 * c2 - x1 * s1
     else:
-        y1 = (x1 * c1).to(dtype).to(tl.float32) - (x2 * s1).to(dtype).to(tl.float32)
-        y2 = (x2 * c2).to(dtype).to(tl.float32) + (x1 * s2).to(dtype).to(tl.float32)
+        y1 = x1 * c1 - x2 * s1
+        y2 = x2 * c2 + x1 * s2
     tl.store(y_row + half_cols[None, :], y1, mask=mask)
     tl.store(y_row + HALF + half_cols[None, :], y2, mask=mask)
     if 2 * HALF < D:
@@ -55,7 +54,7 @@ def _rope_tile(
         tl.store(y_row + cols[None, :], tl.load(x_row + cols[None, :], mask=rest, other=0.0), mask=rest)
 
 
-@jit
+@jit(do_not_specialize=["seq_len"])
 def _rope_kernel(
     q_ptr,
     k_ptr,
@@ -247,8 +246,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, tally: Any = None) -
     Raises:
         ValueError: shapes that do not go together.
 
-    Each product is rounded to the result's dtype before the sum, as in stock, so that bfloat16 and float16 results are
-    stock's bit for bit. Nothing is written in place. RoPE: Su et al., 2021; rotating q and k in one launch:
+    The kernel computes in float32 and rounds once, where stock rounds both products and the sum; the reference path
+    has stock's roundings. Nothing is written in place. RoPE: Su et al., 2021; rotating q and k in one launch:
     Liger-Kernel.
     """
     rotary = cos.shape[-1]
@@ -264,28 +263,3 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, tally: Any = None) -
         shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, cos, sin))
         raise ValueError(f"rope takes q, k [B, heads, S, D] and cos, sin [1 or B, S, R <= D, even]; got {shapes}")
     return RoPE.apply(q, k, cos, sin, tally)
-
-
-def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """What the compile test builds: (name, kernel, signature, constexprs, options)."""
-    pointers = ("q_ptr", "k_ptr", "cos_ptr", "sin_ptr", "oq_ptr", "ok_ptr")
-    for x, c, heads, kv_heads, head_dim, rotary in (
-        ("bf16", "bf16", 32, 8, 128, 128),
-        ("fp16", "fp32", 24, 3, 80, 32),
-        ("fp32", "fp32", 128, 8, 256, 256),
-    ):
-        y = x if x == c else "fp32"
-        consts, num_warps = _blocks(heads, kv_heads, head_dim, rotary // 2)
-        for backward in (False, True):
-            source, target = (y, x) if backward else (x, y)
-            dtypes = (source, source, c, c, target, target)
-            signature = {name: f"*{dtype}" for name, dtype in zip(pointers, dtypes, strict=True)}
-            signature |= {f"stride_{t}{d}": "i32" for t in ("q", "k", "oq", "ok") for d in "bhs"}
-            signature |= {"stride_cb": "i32", "stride_cs": "i32", "seq_len": "i32"}
-            yield (
-                f"rope-{x}-{c}-{heads}-{head_dim}-{rotary}-{'bwd' if backward else 'fwd'}",
-                _rope_kernel,
-                signature,
-                {**consts, "BACKWARD": backward},
-                {"num_warps": num_warps, "num_stages": 2},
-            )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -191,30 +190,3 @@ def swiglu(gate: Tensor, up: Tensor, *, tally: Any = None) -> Tensor:
             f"{tuple(gate.shape)} {gate.dtype} and {tuple(up.shape)} {up.dtype}"
         )
     return SwiGLU.apply(gate, up, tally)
-
-
-def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """What the compile test builds: (name, kernel, signature, constexprs, options)."""
-    for dtype, n in (("bf16", 14336), ("fp32", 14336), ("fp16", 72)):
-        block, num_warps = _settings(n)
-        options = {"num_warps": num_warps, "num_stages": 2}
-        yield (
-            f"swiglu_fwd-{dtype}-{n}",
-            _swiglu_fwd_kernel,
-            {
-                **{name: f"*{dtype}" for name in ("gate_ptr", "up_ptr", "out_ptr")},
-                **{name: "i32" for name in ("stride_gt", "stride_ut", "stride_ot")},
-            },
-            {"N": n, "BLOCK": block},
-            options,
-        )
-        for product in (False, True):
-            pointers = ("dy_ptr", "gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr", "product_ptr")
-            strides = ("stride_dyt", "stride_gt", "stride_ut", "stride_dgt", "stride_dut", "stride_pt")
-            yield (
-                f"swiglu_bwd-{dtype}-{n}-product{product:d}",
-                _swiglu_bwd_kernel,
-                {**{name: f"*{dtype}" for name in pointers}, **{name: "i32" for name in strides}},
-                {"N": n, "BLOCK": block, "PRODUCT": product},
-                options,
-            )

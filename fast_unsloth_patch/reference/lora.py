@@ -1,7 +1,7 @@
 """LoRA projections in plain PyTorch: the oracle of the tests and the baseline of the benchmarks.
 
-Written with autograd-differentiable torch calls only, in the order PEFT's own forward uses, so that it can be run in float64
-and differentiated. Dropout masks are explicit arguments: a random mask could not be compared with anything.
+Written with autograd-differentiable torch calls only, in the order PEFT's own forward uses, so that it can be run in
+float64 and differentiated. Dropout masks are explicit arguments: a random mask could not be compared with anything.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ def lora_mlp_ref(x, gate, up, down, *, residual=None, masks=(None, None, None)):
 
 
 def unpack_dropout_bits(bits: torch.Tensor, width: int) -> torch.Tensor:
-    """Bit-packed keep masks [J, T, ceil(width / 32)] (int32) as booleans [J, T, width]: element k is bit k % 32 of word k // 32."""
+    """Bit-packed keep masks [J, T, ceil(width / 32)] (int32) as booleans [J, T, width]: element k is bit k % 32 of
+    word k // 32.
+    """
     shifts = torch.arange(32, device=bits.device, dtype=torch.int32)
     return ((bits.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., :width].bool()
