@@ -4,18 +4,19 @@
     python benchmarks/kernels.py --ops rms_norm,swiglu --models llama-8b --tokens 512
 
 A line shows the device's time, the rate, its share of the limit measured in the same run (a large copy for what moves
-bytes, a large bf16 GEMM for what multiplies), the time the host needs to enqueue one call, and beside it the relative
-error of outputs and gradients against the same formula in float64. Exit code 1 if an op of ours is further off than
-PyTorch's own rounding explains.
+bytes, a large bf16 GEMM for what multiplies), the time the host needs to enqueue one call, and beside it the worst
+relative error of the outputs and of the gradients against the same formula in float64. Exit code 1 if an op of ours is
+further off than PyTorch's own rounding explains.
 
-A new op is one function that returns a `Bench`, and one row in `OPS`.
+A new op is one function in `benches.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import importlib
+import math
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -26,98 +27,20 @@ from typing import Any, NamedTuple
 import report
 import torch
 from floor import copies, time_ms
-from shapes import SHAPES, Shape
+from shapes import SHAPES
 from torch import Tensor
 
 if __name__ == "__main__":
-    # The folder of a script comes first on sys.path, where this file would pass for Hugging Face's `kernels`;
-    # the checkout has to come first for its code to be what is measured.
-    sys.path[0] = str(report.ROOT)
+    # The checkout has to come first for its code to be what is measured.
+    sys.path.insert(0, str(report.ROOT))
 
-from fast_unsloth_patch import reference
-from fast_unsloth_patch.ops.rms_norm import rms_norm
-from fast_unsloth_patch.ops.rope import rope
-from fast_unsloth_patch.ops.swiglu import swiglu
+from benches import DTYPE, OPS, Bench
 
-DTYPE = torch.bfloat16
-EPS = 1e-5
+if __name__ == "__main__":
+    # The folder of a script is on sys.path, where this file would pass for Hugging Face's `kernels`.
+    sys.path.remove(str(Path(__file__).resolve().parent))
 
-
-class Bench(NamedTuple):
-    """One op at one size: its operands, who computes it, and the work that nobody can avoid."""
-
-    inputs: tuple[Tensor, ...]  # those that require grad are differentiated
-    impls: dict[str, Callable[..., Any]]  # "fast", "torch" (also the float64 oracle) and, where there is one, "liger"
-    work: tuple[float, float]  # of forward and backward: bytes, or floating-point operations if `gemm`
-    gemm: bool = False
-
-
-def _liger(module: str, name: str) -> Callable[..., Any] | None:
-    try:
-        found = importlib.import_module(f"liger_kernel.ops.{module}")
-    except ImportError:
-        return None
-    apply: Callable[..., Any] = getattr(found, name).apply
-    return apply
-
-
-def _impls(fast: Callable[..., Any], torch_: Callable[..., Any], liger: Callable[..., Any] | None) -> dict[str, Any]:
-    return {"fast": fast, "torch": torch_} | ({"liger": liger} if liger else {})
-
-
-def _randn(*shape: int, device: str, grad: bool = True) -> Tensor:
-    return torch.randn(shape, device=device).to(DTYPE).requires_grad_(grad)
-
-
-def _rms_norm(shape: Shape, tokens: int, device: str, *, trainable: bool) -> Bench:
-    x = _randn(tokens, shape.hidden, device=device)
-    weight = (1 + 0.1 * torch.randn(shape.hidden, device=device)).to(DTYPE).requires_grad_(trainable)
-    liger = _liger("rms_norm", "LigerRMSNormFunction")
-    return Bench(
-        (x, weight),
-        _impls(
-            lambda x, w: rms_norm(x, w, EPS),
-            lambda x, w: reference.rms_norm_ref(x, w, EPS),
-            liger and (lambda x, w: liger(x, w, EPS)),
-        ),
-        (2.0 * x.nbytes, 3.0 * x.nbytes),
-    )
-
-
-def _rope(shape: Shape, tokens: int, device: str) -> Bench:
-    seq = min(tokens, 2048)
-    batch = tokens // seq
-    # As attention has them: [B, S, heads, D] seen as [B, heads, S, D].
-    q, k = (
-        _randn(batch, seq, heads, shape.head_dim, device=device, grad=False).transpose(1, 2).requires_grad_()
-        for heads in (shape.heads, shape.kv_heads)
-    )
-    positions = torch.arange(seq, device=device)[:, None]
-    frequencies = 1e4 ** (-torch.arange(0, shape.head_dim, 2, device=device) / shape.head_dim)
-    angles = torch.cat([positions * frequencies] * 2, dim=-1)[None]
-    moved = 2.0 * (q.nbytes + k.nbytes)
-    return Bench(
-        (q, k, angles.cos().to(DTYPE), angles.sin().to(DTYPE)),
-        _impls(rope, reference.rope_ref, _liger("rope", "LigerRopeFunction")),
-        (moved, moved),
-    )
-
-
-def _swiglu(shape: Shape, tokens: int, device: str) -> Bench:
-    gate, up = (_randn(tokens, shape.intermediate, device=device) for _ in range(2))
-    return Bench(
-        (gate, up),
-        _impls(swiglu, reference.swiglu_ref, _liger("swiglu", "LigerSiLUMulFunction")),
-        (3.0 * gate.nbytes, 5.0 * gate.nbytes),
-    )
-
-
-OPS: dict[str, Callable[[Shape, int, str], Bench]] = {
-    "rms_norm": lambda shape, tokens, device: _rms_norm(shape, tokens, device, trainable=False),
-    "rms_norm_dw": lambda shape, tokens, device: _rms_norm(shape, tokens, device, trainable=True),
-    "rope": _rope,
-    "swiglu": _swiglu,
-}
+Call = Callable[[], object]
 
 
 class Limits(NamedTuple):
@@ -146,47 +69,81 @@ def _outputs(out: Any) -> tuple[Tensor, ...]:
     return out if isinstance(out, tuple) else (out,)
 
 
-def _run(fn: Callable[..., Any], inputs: tuple[Tensor, ...], grads: list[Tensor]) -> list[Tensor]:
+def _run(fn: Callable[..., Any], inputs: tuple[Tensor, ...], grads: list[Tensor], no_output: bool) -> list[Tensor]:
+    torch.manual_seed(0)  # the same dropout for all that draw it in the same way
     out = _outputs(fn(*inputs))
     # Clones: Liger writes into the gradient it is given.
     given = [g.to(o.dtype).clone() for g, o in zip(grads, out, strict=True)]
     wanted = [t for t in inputs if t.requires_grad]
-    return [*(o.detach().clone() for o in out), *torch.autograd.grad(out, wanted, given)]
+    found = torch.autograd.grad(out, wanted, given) if wanted else ()
+    return [*(o.detach().clone() for o in out if not no_output), *found]
 
 
 def parity(bench: Bench) -> dict[str, tuple[float, ...]]:
     """Implementation -> relative error (L2) of each output and gradient against float64."""
-    grads = [torch.randn_like(o) for o in _outputs(bench.impls["torch"](*bench.inputs))]
+    if bench.errors is not None:
+        return {name: (bench.errors(fn),) for name, fn in bench.impls.items()}
+    impls = bench.impls | ({"torch": bench.oracle} if bench.oracle else {})
+    with torch.no_grad():
+        grads = [torch.randn_like(o) for o in _outputs(impls["torch"](*bench.inputs))]
     wide = tuple(
         t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in bench.inputs
     )
-    want = _run(bench.impls["torch"], wide, grads)
+    want = _run(impls["torch"], wide, grads, bench.no_output)
+    del wide
     errors = {}
-    for name, fn in bench.impls.items():
+    for name, fn in impls.items():
         # Copies: Liger's backward writes over what it saved.
         own = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in bench.inputs)
-        got = _run(fn, own, grads)
+        got = _run(fn, own, grads, bench.no_output)
         errors[name] = tuple(((a - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True))
     return errors
 
 
-def agrees(ours: tuple[float, ...], torchs: tuple[float, ...]) -> bool:
+def agrees(bench: Bench, ours: tuple[float, ...], torchs: tuple[float, ...]) -> bool:
     """No result of ours is off by more than twice PyTorch's own rounding (one run; the tests hold it tighter)."""
+    if bench.errors is not None:
+        return max(ours) <= 1
     return all(a <= max(2 * b, 1e-6) for a, b in zip(ours, torchs, strict=True))
 
 
-def host_us(call: Callable[[], object], device: str) -> float:
-    """Microseconds until the call returns, with the device kept busy so that it never waits for it."""
-    best = float("inf")
-    for _ in range(3):
-        if device == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda._sleep(20_000_000)
+def timed(calls: list[Call], device: str) -> tuple[float, float]:
+    """Milliseconds of the device and microseconds of the host for one call, from the same rounds.
+
+    The device sleeps while the host enqueues, so that neither waits for the other. The calls differ in their operands
+    only, which do not fit in the cache together.
+    """
+    if device == "cpu":
+        ms = time_ms(calls, device)
+        return ms, 1e3 * ms
+
+    def a_round(n: int, sleep_ms: float) -> tuple[float, float]:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(int(2e6 * sleep_ms))  # cycles, of at most 2 GHz
+        begin.record()
         start = time.perf_counter()
-        for _ in range(20):
-            call()
-        best = min(best, (time.perf_counter() - start) / 20 * 1e6)
-    return best
+        for i in range(n):
+            calls[i % len(calls)]()
+        host = time.perf_counter() - start
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / n, 1e3 * host / n
+
+    a_round(len(calls), 0.0)  # compiles
+    ms, host_ms = a_round(2 * len(calls), 10.0)
+    n = min(max(math.ceil(15 / ms), len(calls)), 50)
+    rounds = [a_round(n, 1.0 + 1.3 * n * host_ms) for _ in range(3)]
+    return statistics.median(ms for ms, _ in rounds), 1e3 * min(host for _, host in rounds)
+
+
+def _calls(bench: Bench, fn: Callable[..., Any], direction: str) -> Call:
+    wanted = [t for t in bench.inputs if t.requires_grad]
+    if direction == "both":
+        return lambda: torch.autograd.grad(fn(*bench.inputs), wanted)
+    if direction == "forward":
+        return partial(fn, *bench.inputs)
+    out = _outputs(fn(*bench.inputs))
+    return partial(torch.autograd.grad, out, wanted, [torch.randn_like(o) for o in out], retain_graph=True)
 
 
 def measure(build: Callable[[], Bench], limits: Limits, device: str) -> list[report.Row]:
@@ -195,31 +152,30 @@ def measure(build: Callable[[], Bench], limits: Limits, device: str) -> list[rep
     errors = parity(first)
     sets = [first, *(build() for _ in range(copies(sum(t.nbytes for t in first.inputs), device) - 1))]
     rows: list[report.Row] = []
-    for impl, fn in first.impls.items():
-        calls: dict[str, list[Callable[[], object]]] = {"forward": [], "backward": []}
-        for bench in sets:
-            wanted = [t for t in bench.inputs if t.requires_grad]
-            out = _outputs(fn(*bench.inputs))
-            given = [torch.randn_like(o) for o in out]
-            calls["forward"].append(partial(fn, *bench.inputs))
-            calls["backward"].append(partial(torch.autograd.grad, out, wanted, given, retain_graph=True))
-        for direction, work in zip(calls, first.work, strict=True):
-            ms = time_ms(calls[direction], device)
+    for impl in first.impls:
+        for direction, work in first.work.items():
+            ms, host_us = timed([_calls(bench, bench.impls[impl], direction) for bench in sets], device)
             rate = work / ms / (1e9 if first.gemm else 1e6)
             rows.append({
                 "impl": impl, "direction": direction, "ms": ms, "rate": rate,
                 "unit": "TFLOP/s" if first.gemm else "GB/s",
                 "share": rate / (limits.gemm_tflop_s if first.gemm else limits.copy_gb_s),
-                "host_us": host_us(calls[direction][0], device), "errors": errors[impl],
-                "ok": impl != "fast" or agrees(errors["fast"], errors["torch"]),
+                "host_us": host_us, "errors": errors[impl],
+                "outputs": 0 if first.no_output else len(errors[impl]) - _gradients(first),
+                "ok": impl != "fast" or agrees(first, errors["fast"], errors["torch"]),
             })  # fmt: skip
     return rows
 
 
+def _gradients(bench: Bench) -> int:
+    return sum(t.requires_grad for t in bench.inputs)
+
+
 def _line(row: report.Row) -> str:
-    errors = " ".join(f"{e:.1e}" for e in row["errors"])
+    parts = row["errors"][: row["outputs"]], row["errors"][row["outputs"] :]
+    errors = " ".join(f"{max(part):.1e}" if part else "-" for part in parts)
     return (
-        f"  {row['direction']:8s} {row['impl']:6s} {1e3 * row['ms']:9.1f} us {row['rate']:8.1f} {row['unit']:7s} "
+        f"  {row['direction']:8s} {row['impl']:7s} {1e3 * row['ms']:9.1f} us {row['rate']:8.1f} {row['unit']:7s} "
         f"{100 * row['share']:4.0f} %  host {row['host_us']:6.1f} us  error {errors}{'' if row['ok'] else '  DIFFERS'}"
     )
 
@@ -252,7 +208,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("no CUDA device; --cpu --tiny shows that the script works")
     torch.manual_seed(0)
     limits = measure_limits(device)
-    print(f"copy {limits.copy_gb_s:.0f} GB/s, GEMM {limits.gemm_tflop_s:.0f} TFLOP/s; errors: outputs, then gradients")
+    print(f"copy {limits.copy_gb_s:.0f} GB/s, GEMM {limits.gemm_tflop_s:.0f} TFLOP/s")
+    print("errors: the worst of the outputs, the worst of the gradients")
     rows: list[report.Row] = []
     for model in models:
         for tokens in [16] if options.tiny else map(int, options.tokens.split(",")):

@@ -192,7 +192,7 @@ def details(row: Row) -> str:
         lines.append("  " + ", ".join(f"{kind} {ms:.1f} ms" for kind, ms in found["kinds"].items()))
         lines += [f"  {kernel['ms']:9.3f} ms {kernel['count']:6d}  {kernel['name']}" for kernel in found["top"]]
     if row.get("cuda_at_import"):
-        lines.append("its imports initialised CUDA, maybe while another worker measured: use --no-overlap")
+        lines.append("its imports made a CUDA context, maybe while another worker measured: use --no-overlap")
     if row.get("import_beside_s"):
         lines.append(f"another worker was importing during {row['import_beside_s']:.1f} s of this measurement")
     if "log_tail" in row:

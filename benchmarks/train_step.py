@@ -10,8 +10,8 @@ AdamW; gradients clipped to norm 1; a new batch of real text each step; the medi
 the device synchronised at each step's end, as Trainer's own NaN filter does.
 
 While an arm measures, the next one's worker already imports, and waits (`workers.py`; `--no-overlap` for one after the
-other). Only imports overlap: a worker builds, runs and measures when no other one uses the GPU. No time in a row
-contains the wait, and none but the phase `import` contains the imports.
+other). Only imports overlap: a worker builds, runs and measures when no other one uses the GPU. Imports and the wait
+are phases of their own; `first_step_s`, as every other time in a row, contains neither.
 
 A plan is `{"defaults": {...}, "cases": [{...}]}`. A case has the fields of `Case` and `impls`, each a name or the
 fields of `Arm`: `{"impl": "fast", "label": "norms", "only": ["llama.rms_norm"], "rung": 1}` is a rung of the ladder,
@@ -226,8 +226,8 @@ def _work(case: Case, arm: Arm) -> dict[str, Any]:
     setup.imports(case, arm)
     import torch
 
-    # would have put a context on the GPU that another worker may be measuring
-    cuda_at_import = torch.cuda.is_initialized()
+    # a context on the GPU that another worker may be measuring; to have asked for the device's properties is none
+    cuda_at_import = torch.cuda.is_initialized() and torch._C._cuda_hasPrimaryContext(0)  # type: ignore[attr-defined]
     phases.done("import")
     workers.await_go()
     phases.done("wait")
@@ -348,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--recompute", default="full", choices=["full", "stock"])
     parser.add_argument("--unsloth-gc", default="true", choices=["true", "unsloth"])
     parser.add_argument("--plan", type=Path, help="cases from a file, in place of the options above")
-    parser.add_argument("--cases", type=_numbers, default=(), help="of the plan, these only: 1,3 for the first and the third")
+    parser.add_argument("--cases", type=_numbers, default=(), help="of the plan, these only, counted from 1")
     parser.add_argument("--json", help="results file to append to")
     parser.add_argument("--run", help="name of the run (default: the time); one name lets two calls count as one run")
     parser.add_argument("--commit", help="what to record as the commit where there is no git")

@@ -1,4 +1,4 @@
-"""Which kernels the ops launch, and how they are specialised: the ops run on ``meta`` tensors and their launches are recorded.
+"""Which kernels the ops launch and how they are specialised: the ops run on ``meta`` tensors, launches are recorded.
 
 A list of signatures written by hand would drift from the code that launches. Here the host code itself chooses the
 configuration, for the limits of a chip that need not exist; only `launch` is replaced. `build` then compiles a recorded
@@ -87,12 +87,14 @@ def _as_case(origin: str, kernel: Any, args: Any, consts: Any, options: dict[str
         else:
             signature[name] = "fp32"
     signature = {name: kind for name, kind in signature.items() if name not in fixed}
-    return Case(origin, kernel, tuple(signature.items()), tuple(fixed.items()), frozenset(divisible), tuple(options.items()))
+    return Case(
+        origin, kernel, tuple(signature.items()), tuple(fixed.items()), frozenset(divisible), tuple(options.items())
+    )
 
 
 @contextlib.contextmanager
 def recorded(limits: _launch.Limits, autocast: torch.dtype | None = None) -> Iterator[list[Any]]:
-    """Meta tensors count as tensors on a chip with ``limits`` (under ``autocast``); yields the list that launches go to."""
+    """Meta tensors count as tensors on a chip with ``limits``, under ``autocast``; yields the list of launches."""
     launches: list[Any] = []
 
     def record(kernel, grid, args, consts, *, num_warps=4, num_stages=2):

@@ -1,8 +1,9 @@
-"""The benchmarks on a CPU: workers and plans end to end, parity, floors, the README's tables."""
+"""The benchmarks on a CPU: plans end to end, the order of their processes, parity, floors, the README's tables."""
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -28,13 +29,14 @@ def outcome(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("plan")
     only_norms = {"impl": "fast", "label": "norms", "only": ["llama.rms_norm"], "rung": 1}
+    stock = {"impl": "stock", "cold": True, "host": True, "profile": True}
     cases = [
-        {"checkpointing": True, "impls": ["stock", "fast", only_norms, "unsloth"]},
+        {"checkpointing": True, "impls": ["fast", "unsloth", only_norms, stock]},
         {"mode": "full", "impls": ["stock", "fast"]},
     ]
     (folder / "plan.json").write_text(json.dumps({"defaults": TINY, "cases": cases}))
     arguments = [BENCHMARKS / "train_step.py", "--plan", folder / "plan.json", "--json", folder / "out.json"]
-    done = run_python(None, args=[*arguments, "--host", "--profile", "--run", "first"], timeout=300)
+    done = run_python(None, args=[*arguments, "--run", "first"], timeout=300)
     return done, json.loads((folder / "out.json").read_text()), folder
 
 
@@ -42,7 +44,7 @@ def test_plan_measures_every_arm(outcome):
     done, results, _ = outcome
     assert done.returncode == 0, done.stdout + done.stderr
     assert [(r["label"], r["case"]["mode"], r["status"]) for r in results["rows"]] == [
-        ("stock", "lora", "ok"), ("fast", "lora", "ok"), ("norms", "lora", "ok"), ("unsloth", "lora", "absent"),
+        ("fast", "lora", "ok"), ("unsloth", "lora", "absent"), ("norms", "lora", "ok"), ("stock", "lora", "ok"),
         ("stock", "full", "ok"), ("fast", "full", "ok"),
     ]  # fmt: skip
     for row in results["rows"]:
@@ -54,9 +56,20 @@ def test_plan_measures_every_arm(outcome):
         assert row["first_step_s"] <= row["first_three_s"]
         assert {"torch", "transformers", "peft", "python"} <= set(row["versions"])
         assert row["device"] == "CPU" and row["run"] == "first" and row["source"]
-        assert row["host"]["backward_us_per_layer"] > 0
-        assert row["profile"]["top"][0]["ms"] > 0 and row["profile"]["launches"] > 100
-        assert "import" in row["phases"]
+        assert {"import", "wait", "build", "data", "steps"} <= set(row["phases"]) and not row["cuda_at_import"]
+    looked_at = [row for row in results["rows"] if "host" in row or "profile" in row or row["cold"]]
+    assert [(row["label"], row["case"]["mode"]) for row in looked_at] == [("stock", "lora")]
+    assert looked_at[0]["host"]["backward_us_per_layer"] > 0
+    assert looked_at[0]["profile"]["top"][0]["ms"] > 0 and looked_at[0]["profile"]["launches"] > 100
+
+
+def test_workers_build_and_measure_one_at_a_time(outcome):
+    _, results, _ = outcome
+    clocks = [row["clock"] for row in results["rows"] if row["status"] == "ok"]  # the absent one did not wait
+    assert len(clocks) == 5
+    for before, clock in itertools.pairwise(clocks):
+        assert before["end"] <= clock["go"]
+        assert all(at >= clock["go"] for name, at in clock.items() if name not in ("start", "import"))
 
 
 def test_fast_arms_agree_with_stock_and_ran_fast(outcome):
@@ -84,7 +97,7 @@ def test_absent_peer_has_its_reason(outcome):
 
 def test_absent_peer_is_found_before_anything_is_built(monkeypatch):
     monkeypatch.setattr(train_step.importlib.util, "find_spec", lambda name: None)
-    found = train_step._work(shapes.Case(**TINY), shapes.Arm("liger"), profile=False, host=False)
+    found = train_step._work(shapes.Case(**TINY), shapes.Arm("liger"))
     assert found == {"status": "absent", "reason": "liger_kernel is not installed"}
 
 
@@ -100,32 +113,78 @@ def test_failure_is_a_row_with_the_end_of_the_log(outcome, run_python):
     assert "FAILED Tiny LoRA" in done.stderr
 
 
-def test_worker_that_hangs_is_killed():
-    found = train_step.run_arm(
-        shapes.Case(**TINY), shapes.Arm("stock"), timeout=0.2, cold=True, profile=False, host=False
-    )
-    assert (found["status"], found["reason"]) == ("failed", "no result after 0 s")
-
-
 def test_spent_budget_skips_and_fails(capsys):
     options = ["--impl", "stock", "--model", "tiny", "--device", "cpu", "--budget", "1"]
     assert train_step.main(options) == 1
     assert "skipped: no time left" in capsys.readouterr().out
 
 
-def test_parity_needs_every_number_to_agree():
-    case = shapes.Case(**TINY)
-    stock = {"losses": [6.0, 5.0], "grad_norms": [1.0, 1.0], "run": "r"}
+def test_options_of_the_command_go_to_every_arm_of_a_plan(monkeypatch, tmp_path, capsys):
+    seen = []
+    monkeypatch.setattr(train_step, "run_plan", lambda plan, options: seen.append((plan, options.ahead)) or 0)
+    (tmp_path / "plan.json").write_text(
+        json.dumps({"cases": [{"seq": 8, "impls": ["stock"]}, {"impls": ["fast", {"impl": "liger", "cold": True}]}]})
+    )
+    arguments = ["--plan", str(tmp_path / "plan.json"), "--host"]
+    assert train_step.main([*arguments, "--cases", "2", "--no-overlap"]) == train_step.main(arguments) == 0
+    (chosen, not_ahead), (whole, ahead) = seen
+    assert chosen == whole[1:] and whole[0][0].seq == 8 and (not_ahead, ahead) == (0, 1)
+    assert [(arm.impl, arm.host, arm.cold, arm.profile) for arm in chosen[0][1]] == [
+        ("fast", True, False, False), ("liger", True, True, False)
+    ]  # fmt: skip
+    with pytest.raises(SystemExit):
+        train_step.main([*arguments, "--cases", "3"])
+    assert "the plan has the cases 1 to 2" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train_step.main(["--impl", "stock,slow"])
+    assert "unknown implementation slow; known: stock, fast, liger, unsloth" in capsys.readouterr().err
 
-    def ok(losses, norms, case=case):
-        return report.parity({"losses": losses, "grad_norms": norms}, stock, case)["ok"]
+
+def _losses(losses, norms, impl="fast", run="r", status="ok", **case):
+    return {"impl": impl, "status": status, "run": run, "case": {**vars(shapes.Case(**{**TINY, **case}))},
+            "losses": losses, "grad_norms": norms}  # fmt: skip
+
+
+def test_parity_needs_every_number_to_agree():
+    inf = float("inf")
+
+    def ok(losses, norms, stock=(1.0, 1.0), **case):
+        found = report.parity(_losses(losses, norms, **case), _losses([6.0, 5.0], list(stock), "stock", **case))
+        assert found["against"] == "r"
+        return found["ok"]
 
     assert ok([6.0, 5.0001], [1.0, 1.001])
     assert not ok([6.0, 5.01], [1.0, 1.0])
     assert not ok([6.0, float("nan")], [1.0, 1.0])
     assert not ok([6.0, 5.0], [1.001, 1.0])  # the first norm is before any update: rounding only
     assert not ok([6.0, 5.0], [1.0, 1.1])
-    assert ok([6.0, 5.01], [1.001, 1.0], shapes.Case(**TINY | {"dtype": "bf16"}))
+    assert ok([6.0, 5.004], [1.009, 1.0], dtype="bf16")
+    assert not ok([6.0, 5.006], [1.0, 1.0], dtype="bf16")
+    assert not ok([6.0, 5.0], [1.0, 1.011], dtype="bf16")
+    # a step that GradScaler skips has to be skipped in both
+    assert ok([6.0, 5.0], [inf, 1.0], stock=(inf, 1.0), dtype="fp16")
+    assert not ok([6.0, 5.0], [1.0, 1.0], stock=(inf, 1.0), dtype="fp16")
+    assert not ok([6.0, 5.0], [inf, 1.0], dtype="fp16")
+
+
+def test_parity_is_told_against_stock_of_the_same_run():
+    fast = _losses([6.0, 5.0], [1.0, 1.0])
+    old = _losses([6.0, 4.0], [1.0, 1.0], "stock", run="old")
+    # nothing else is known yet; then stock comes later in the same run
+    report.add_parity([fast], [old, fast])
+    assert fast["parity"]["against"] == "old" and not fast["parity"]["ok"]
+    report.add_parity([fast], [old, fast, _losses([6.0, 5.0], [1.0, 1.0], "stock"), old | {"run": "newer"}])
+    assert fast["parity"]["against"] == "r" and fast["parity"]["loss_max"] == 0
+
+
+def test_where_stock_does_not_fit_its_recompute_is_the_baseline():
+    fast, oom = _losses([6.0, 5.0], [1.0, 1.0]), _losses([], [], "stock", status="oom")
+    stock = _losses([6.0, 5.0], [1.0, 1.0], "stock", checkpointing=True)
+    assert report.baseline([oom, fast], shapes.Case(**TINY), "r") is None
+    report.add_parity([oom, fast], [stock, oom, fast])
+    assert fast["parity"]["against"] == "r, Tiny LoRA, 2x32, checkpointing, fp32"
+    assert train_step._problem(oom | {"reason": "x"}) is None
+    assert train_step._problem(oom | {"impl": "fast", "reason": "x"}) == "oom: x"
 
 
 def test_a_fast_row_without_hits_fails():
@@ -197,6 +256,26 @@ def test_floor_counts_the_whole_step(tmp_path, capsys):
     assert "floor" in capsys.readouterr().out
 
 
+def test_floors_of_a_plan_are_measured_once_each(tmp_path):
+    tiny = {key: TINY[key] for key in ("model", "device", "batch", "seq")}
+    cases = [{"impls": ["stock"]}, {"dropout": 0.1, "impls": ["fast"]}, {"checkpointing": True, "impls": ["fast"]}]
+    (tmp_path / "plan.json").write_text(json.dumps({"defaults": tiny, "cases": cases}))
+    out = tmp_path / "out.json"
+    assert floor.main(["--plan", str(tmp_path / "plan.json"), "--json", str(out)]) == 0
+    titles = [found["title"] for found in json.loads(out.read_text())["floors"]]
+    assert titles == ["Tiny LoRA, 2x32, no checkpointing", "Tiny LoRA, 2x32, checkpointing"]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"), [("mixtral-8x7b", "mixture of experts"), ("mistral-7b", "attention window of 4096")]
+)
+def test_no_floor_is_made_up(tmp_path, capsys, model, message):
+    (tmp_path / "plan.json").write_text(json.dumps({"cases": [{"model": model, "seq": 8192, "impls": []}]}))
+    with pytest.raises(SystemExit):
+        floor.main(["--plan", str(tmp_path / "plan.json")])
+    assert message in capsys.readouterr().err
+
+
 def _result(impl, ms, run="b", **fields):
     case = shapes.Case(checkpointing=True)
     row = {"impl": impl, "label": impl, "run": run, "status": "ok", "cold": False, "case": case.__dict__, "arm": {}}
@@ -264,3 +343,38 @@ def test_readme_with_a_wrong_marker_is_an_error():
         report.update("<!-- results:begin steps -->", [])
     empty = report.update("<!-- results:begin steps -->\n<!-- results:end steps -->", [])
     assert "No results recorded yet." in empty
+
+
+PLANS = sorted((BENCHMARKS / "plans").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_plans_can_be_run_and_reported(path, tmp_path):
+    from fast_unsloth_patch import registry
+
+    plan = shapes.read_plan(path)
+    known = {patch.id for patch in registry.PATCHES}
+    rows, floors = [], []
+    for case, arms in plan:
+        assert arms[0].name() == "stock" and len({arm.name() for arm in arms}) == len(arms)
+        for number, arm in enumerate(arms):
+            assert arm.impl in shapes.SETUPS and set(arm.only or ()) | set(arm.exclude) <= known
+            fields = {"label": arm.name(), "case": vars(case), "arm": vars(arm), "cold": arm.cold}
+            if arm.host:
+                fields["host"] = {"forward_us_per_layer": 50.0, "backward_us_per_layer": 90.0}
+            if arm.impl == "stock" and not case.checkpointing:
+                fields |= {"status": "oom", "reason": "x"}
+            rows.append(_result(arm.impl, 1000 - number, **fields) | {"parity": _parity()})
+        floors.append({"title": report.floor_title(case), "total_ms": 500.0})
+    document = {"rows": rows, "floors": floors}
+    for name in report.TABLES:
+        table = report.render(name, [document])
+        shown = [case.title() for case, _ in plan if name in ("steps", "parity")]
+        assert "No results" not in table and all(f"| {title} |" in table for title in shown)
+    assert "| out of memory | " in report.render("steps", [document])
+    arms = {arm.name(): arm for arm in plan[0][1]}
+    title, ladder = report.ladder_rows(document)
+    assert title == plan[0][0].title()
+    rungs = sorted((arm for arm in arms.values() if arm.rung), key=lambda arm: arm.rung)
+    assert [row["label"] for row in ladder] == ["stock", "liger", "unsloth", *(r.label for r in rungs), "fast"]
+    assert report.draw_ladder(document, tmp_path / "ladder.png")

@@ -185,7 +185,9 @@ def test_plain_import_with_the_variable_set(run_python, stub, before):
     """Where start-up files are not read; also after transformers was imported."""
     code = "import fast_unsloth_patch\n" + PROBE if before else PROBE + "import fast_unsloth_patch\n"
     code += f"print({PATCHED})"
-    done = run_python(code, env={"FAST_UNSLOTH": "1", "PYTHONPATH": f"{stub}:{ROOT}", **QUIET})
+    # -S, for this package may be installed in the environment of the tests, with its start-up files.
+    env = {"FAST_UNSLOTH": "1", "PYTHONPATH": f"{stub}:{ROOT}:{sysconfig.get_path('purelib')}", **QUIET}
+    done = run_python(None, args=["-S", "-c", code], env=env)
     assert done.stdout.splitlines() == [f"[[], {'true' if before else 'false'}]", "True"], done.stderr
 
 

@@ -642,9 +642,13 @@ def test_gpu_equal_to_stock(dtype, monkeypatch):
 
 @pytest.mark.gpu
 def test_gpu_never_waits(fast):
-    """A whole training step of the loss patch makes no synchronising call, whatever number of labels counts."""
+    """A whole training step of the loss patch makes no synchronising call, whatever number of labels counts.
+
+    The mask is a 4-D one: transformers looks into any other, and into the positions where there is none, by waiting.
+    """
     model = llama(torch.bfloat16, vocab_size=1000).cuda()
     inputs = {k: v.cuda() for k, v in labelled().items()}
+    inputs["attention_mask"] = torch.ones(2, 1, 12, 12, dtype=torch.bool, device="cuda").tril()
     items = torch.tensor(17, device="cuda")
     model(**inputs, num_items_in_batch=items, use_cache=False).loss.backward()
     torch.cuda.set_sync_debug_mode("error")

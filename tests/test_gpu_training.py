@@ -100,14 +100,14 @@ def assert_on_top(fast: list[float], stock: list[float], twin: list[float]) -> N
     """The curves of fast and stock are as close as two stock runs that differ by roundings.
 
     ``twin`` is stock from `shaken` weights: one independent rounding for each of a layer's seven linear layers. Fast
-    and stock differ by all roundings that they do not share, at most four for each linear layer (the low-rank products,
-    their scaling, the sum) and ten more for norms, RoPE, SwiGLU and residuals: sqrt(38 / 7) = 2.3 times as far. Each gap
-    is a single draw, so their ratio is worth a factor of about 1.7 more.
+    and stock differ by the roundings that they do not share, at most four for each linear layer (the low-rank products,
+    their scaling, the sum) and ten for norms, RoPE, SwiGLU and residuals: at most sqrt(38 / 7) = 2.3 times as far, and
+    each gap is a single draw. On a CPU the ratio is 0.5 in fp16 and 0.8 to 1.1 in bf16.
     """
     assert len(fast) == len(stock) == len(twin) and stock[-1] < 0.95 * stock[0]
     spread = gap(twin, stock)
     assert 0 < spread < 0.01, "the training itself amplifies roundings too much to compare anything"
-    assert gap(fast, stock) <= 4 * spread, (gap(fast, stock), spread)
+    assert gap(fast, stock) <= 3 * spread, (gap(fast, stock), spread)
 
 
 def train(model, steps: int, *, autocast: torch.dtype | None, lr: float) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -127,12 +127,12 @@ def train(model, steps: int, *, autocast: torch.dtype | None, lr: float) -> tupl
 
 def test_bf16_autocast_lora():
     model, steps = adapted(), 30
-    stock, _ = train(copy.deepcopy(model), steps, autocast=BF16, lr=3e-3)
-    twin, _ = train(shaken(model, BF16), steps, autocast=BF16, lr=3e-3)
+    stock, _ = train(copy.deepcopy(model), steps, autocast=BF16, lr=2e-3)
+    twin, _ = train(shaken(model, BF16), steps, autocast=BF16, lr=2e-3)
     before = counts()
     with patched(*EVERYTHING):
-        fast, parameters = train(copy.deepcopy(model), steps, autocast=BF16, lr=3e-3)
-        again, same = train(copy.deepcopy(model), steps, autocast=BF16, lr=3e-3)
+        fast, parameters = train(copy.deepcopy(model), steps, autocast=BF16, lr=2e-3)
+        again, same = train(copy.deepcopy(model), steps, autocast=BF16, lr=2e-3)
     assert since(before)["llama.attention"] == (2 * steps * LAYERS, 0, 2 * steps * LAYERS)
     assert since(before)["llama.loss"] == (2 * steps, 0, 2 * steps)
     assert_on_top(fast, stock, twin)
@@ -162,7 +162,10 @@ def test_bf16_full_fine_tuning_with_tied_head():
 
 
 class _Scales(TrainerCallback):
-    """The scale after each step. It falls exactly when the step was skipped: optimizers that skip on the device say nothing."""
+    """The scale after each step, which falls exactly when the step was skipped.
+
+    (accelerate's ``optimizer_step_was_skipped`` is never true with fused optimizers, which skip on the device.)
+    """
 
     def __init__(self, scaler) -> None:
         self.scaler = scaler
@@ -175,7 +178,7 @@ class _Scales(TrainerCallback):
 def _completions() -> list[dict[str, Any]]:
     """Few labels count, as in fine-tuning on short answers: the gradients of a mean over few tokens are large."""
     rows = []
-    for i in range(4 * ROWS):
+    for i in range(16 * ROWS):
         inputs = batch(rows=1, length=LENGTH, seed=i, vocab=VOCAB)
         rows.append({"input_ids": inputs["input_ids"][0], "labels": inputs["labels"][0]})
         rows[-1]["labels"][:-2] = -100
@@ -188,7 +191,7 @@ def train_fp16(model, folder, steps: int) -> tuple[list[float], list[float]]:
         output_dir=str(folder),
         per_device_train_batch_size=ROWS,
         max_steps=steps,
-        learning_rate=2e-4,
+        learning_rate=1e-4,
         lr_scheduler_type="constant",
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -205,7 +208,6 @@ def train_fp16(model, folder, steps: int) -> tuple[list[float], list[float]]:
         # accelerate refuses fp16 on a CPU; torch does not.
         trainer.accelerator.state._shared_state["_mixed_precision"] = "fp16"
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    trainer.accelerator.scaler.set_growth_interval(GROWTH)
     scales = _Scales(trainer.accelerator.scaler)
     trainer.add_callback(scales)
     trainer.remove_callback(PrinterCallback)
@@ -213,13 +215,39 @@ def train_fp16(model, folder, steps: int) -> tuple[list[float], list[float]]:
     return [row["loss"] for row in trainer.state.log_history if "loss" in row], scales.seen
 
 
-# Often enough that the scale goes up to where it overflows, and back, several times.
-GROWTH = 40
+def largest_finite_scale(model, seed: int) -> int:
+    """The exponent of the largest loss scale that leaves every gradient finite: what a GradScaler looks for."""
+    for exponent in range(10, 30):
+        with torch.autocast(DEVICE, dtype=FP16):
+            loss = model(**inputs_of(seed)).loss
+        (loss * 2.0**exponent).backward()
+        finite = torch.stack([p.grad.isfinite().all() for p in model.parameters() if p.grad is not None]).all()
+        model.zero_grad()
+        if not finite:
+            return exponent - 1
+    raise AssertionError("nothing overflows")
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_fp16_overflows_where_stock_does(full):
+    """A gradient that stock's fp16 cannot hold is not finite here either, although float32 sums could hold it."""
+    model = llama(**SIZE).to(DEVICE) if full else adapted(FP32)
+    # Batches whose largest gradient is no nearer than 5 % to a power of two times fp16's largest number.
+    seeds = (1, 2, 3)
+    stock = [largest_finite_scale(model, seed) for seed in seeds]
+    before = counts()
+    with patched(*EVERYTHING):
+        fast = [largest_finite_scale(model, seed) for seed in seeds]
+    assert since(before)["llama.attention"][2] == LAYERS * sum(exponent - 8 for exponent in fast)
+    assert fast == stock
 
 
 def test_fp16_trainer_skips_the_steps_that_stock_skips(tmp_path):
+    """From 2**16, where the first gradients overflow; no step later on is near enough for roundings to decide."""
     steps = 200 if ON_GPU else 60
     model = adapted(FP32)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(2.0)
     stock, stock_scales = train_fp16(copy.deepcopy(model), tmp_path, steps)
     twin, twin_scales = train_fp16(shaken(model, FP16), tmp_path, steps)
     before = counts()
@@ -286,8 +314,8 @@ def fresh_dynamo():
 
 
 def test_compile(fresh_dynamo):
-    """``torch.compile(model)`` runs stock code, so the same graph as without the patches."""
-    model = adapted(FP32, num_hidden_layers=1)
+    """``torch.compile(model)`` traces stock code, so the same graph as without the patches."""
+    model = lora(llama(**{**SIZE, "num_hidden_layers": 1})).to(DEVICE)
     options: dict[str, Any] = {} if ON_GPU else {"backend": "aot_eager"}
 
     def compiled():
@@ -322,7 +350,7 @@ def peak(model, inputs: dict[str, torch.Tensor]) -> int:
 @only_on_gpu
 @pytest.mark.parametrize("checkpoint", [None, False])
 def test_peak_memory(checkpoint):
-    """At its peak stock holds logits and their gradient in float32; the fast path needs less by at least one of them."""
+    """At its peak stock holds logits and their gradient in float32: the fast path saves one of them at least."""
     rows, length, vocab = 4, 512, 32000
     size = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 8}
     model = adapted(checkpoint=checkpoint, vocab_size=vocab, max_position_embeddings=length, **size)
@@ -411,4 +439,5 @@ def test_another_device():
         got = step(model.to("cuda:1"), inputs=inputs_of(device="cuda:1"))
     assert since(before)["llama.mlp"] == (LAYERS, LAYERS, LAYERS)
     assert got.loss.device.index == 1 and torch.cuda.current_device() == 0
-    assert_identical(got._replace(loss=got.loss.to(DEVICE), grads={n: g.to(DEVICE) for n, g in got.grads.items()}), expected)
+    grads = {n: g.to(DEVICE) for n, g in got.grads.items()}
+    assert_identical(got._replace(loss=got.loss.to(DEVICE), grads=grads), expected)

@@ -318,13 +318,14 @@ else:
 
 @pytest.mark.gpu
 def test_host_cost_of_a_launch():
-    """The cached way is well under Triton's own (20 us and more on the machines that PERFORMANCE.md speaks of)."""
+    """The cached way is under Triton's own, the more so the more arguments a kernel has."""
     import time
 
-    from fast_unsloth_patch.ops.swiglu import _swiglu_fwd_kernel
+    from fast_unsloth_patch.ops._low_rank_kernels import expand_kernel
 
-    gate, up, out = (torch.randn(1, 64, device="cuda") for _ in range(3))
-    args, consts = (gate, up, out, 64, 64, 64), {"N": 64, "BLOCK": 64}
+    u, m, y = (torch.randn(32, 32, device="cuda") for _ in range(3))
+    args = (u, m, m, m, y, y, 1.0, 0.0, 0.0, 32, 32, 32, 0, 32)
+    consts = (1, True, False, False, 32, 0, 0, 32, 16, 16, "ieee", 32, 128)
 
     def microseconds(fn):
         best = float("inf")
@@ -336,6 +337,6 @@ def test_host_cost_of_a_launch():
             best = min(best, (time.perf_counter() - start) / 200 * 1e6)
         return best
 
-    ours = microseconds(lambda: launch(_swiglu_fwd_kernel, (1,), args, consts, num_warps=1))
-    theirs = microseconds(lambda: _swiglu_fwd_kernel[(1,)](*args, **consts, num_warps=1, num_stages=2))
+    ours = microseconds(lambda: launch(expand_kernel, (1,), args, consts))
+    theirs = microseconds(lambda: expand_kernel[(1,)](*args, *consts, num_warps=4, num_stages=2))
     assert ours < 0.8 * theirs, (ours, theirs)

@@ -134,7 +134,10 @@ def test_training_with_an_optimizer_follows_stock():
 
 def test_accelerate_mixed_precision():
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    # One state a process, which the Trainer of another test may have made.
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     model = lora(llama())
     exact = oracle(model, batch(rows=4, length=24))

@@ -72,7 +72,7 @@ def resolve_dtypes(x: torch.Tensor, *projections: Projection) -> Dtypes:
     adapters'.
     """
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(kind)
         return Dtypes(dtype, dtype)
     for projection in projections:
@@ -363,7 +363,7 @@ def down_gradient(dy: torch.Tensor, group: list[Operands], starts: list[int], dt
 def a_gradients(du, x, low: Low, group: list[Operands], masks, dtypes: Dtypes) -> list[torch.Tensor]:
     """``dA_j = du_j^T dropout(x)``."""
     if low.packed is None:
-        return outer(x, du, _on_x(group, masks), dtypes.low)
+        return outer(x, du, on_input(group, masks), dtypes.low)
     da = mm_wide(du.t(), x, group[0].a.dtype)  # type: ignore[union-attr]
     return [da[at : at + op.a.shape[0]] for op, at in zip(group, layout(group).starts)]  # type: ignore[union-attr]
 
@@ -372,7 +372,7 @@ def _low_dx(du, x, low: Low, group: list[Operands], masks, dtypes: Dtypes) -> to
     """``sum_j c_j (du_j A_j) * m_j`` [T, K], for the base GEMMs to accumulate on."""
     dx = torch.empty_like(x)
     if low.packed is None:
-        return expand(du, _on_x(group, masks), dtypes.low, dx)
+        return expand(du, on_input(group, masks), dtypes.low, dx)
     # The packed A's carry the scaling, which du has already.
     undo = [1.0 / op.scaling if op.scaling else 0.0 for op in group]
     if len(set(undo)) == 1:
@@ -383,7 +383,7 @@ def _low_dx(du, x, low: Low, group: list[Operands], masks, dtypes: Dtypes) -> to
     return dx
 
 
-def _on_x(group: list[Operands], masks: torch.Tensor | None) -> Siblings:
+def on_input(group: list[Operands], masks: torch.Tensor | None) -> Siblings:
     a = tuple([op.a.contiguous() for op in group])  # type: ignore[union-attr]
     return Siblings(a, tuple([keep_scale(op.dropout) for op in group]), masks=masks)
 
@@ -417,12 +417,12 @@ def without_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def check_width(x: torch.Tensor, *projections: Projection) -> None:
+def check_width(features: int, *projections: Projection) -> None:
     """Shapes that a kernel would read out of bounds with."""
     for weight, _, adapter in projections:
         n, k = weight.shape
-        if x.shape[-1] != k:
-            raise ValueError(f"x has {x.shape[-1]} features, the weight {tuple(weight.shape)} takes {k}")
+        if features != k:
+            raise ValueError(f"the input has {features} features, the weight {tuple(weight.shape)} takes {k}")
         if adapter is not None and (adapter.a.shape[-1] != k or adapter.b.shape != (n, adapter.a.shape[0])):
             raise ValueError(
                 f"LoRA A {tuple(adapter.a.shape)} and B {tuple(adapter.b.shape)} do not fit the weight "

@@ -96,6 +96,6 @@ def lora_linear(x: torch.Tensor, proj: Projection, *, tally: Any = None) -> torc
     Raises:
         ValueError: if the last dimension of x is not K.
     """
-    check_width(x, proj)
+    check_width(x.shape[-1], proj)
     dtypes = resolve_dtypes(x, proj)
     return LoraLinear.apply(x, *flatten(proj), factors(proj), dtypes, seed_for(x, proj), tally)

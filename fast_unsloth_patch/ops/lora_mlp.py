@@ -46,6 +46,7 @@ from ._siblings import (
     flatten,
     keep_scale,
     linear_forward,
+    on_input,
     operands,
     project_down,
     resolve_dtypes,
@@ -55,7 +56,7 @@ from ._siblings import (
     siblings_forward,
     without_autocast,
 )
-from .low_rank import Siblings, expand, precision, rank_slots, widened
+from .low_rank import expand, precision, rank_slots, widened
 
 _MAX_FUSED_SLOTS = 64
 _BLOCK_T, _BLOCK_N = 16, 128
@@ -201,7 +202,7 @@ def _swiglu_backward(dh, gu, dgu, u, group, op_down, du, masks):
     if not use_triton(dh):
         gate, up = (widened(t) for t in gu.split(width, 1))
         if du is not None:
-            expand(du, Siblings((op_down.a,), (keep_scale(op_down.dropout),), masks=masks), du.dtype, dh, add=True)
+            expand(du, on_input([op_down], masks), du.dtype, dh, add=True)
         grad = widened(dh)
         sig = torch.sigmoid(gate)
         silu = gate * sig
@@ -249,9 +250,8 @@ class LoraMLP(Function):
         masks_down = draw_masks(gu[:, :width], adapted([op_down]), seed, _DOWN_STREAM)
         if need_output:
             h = _swiglu_forward(gu, low.u if fused else None, group)
-            y = linear_forward(h, op_down, project_down(h, [op_down], masks_down, dtypes.low).u, dtypes).view(
-                *x.shape[:-1], -1
-            )
+            y = linear_forward(h, op_down, project_down(h, [op_down], masks_down, dtypes.low).u, dtypes)
+            y = y.view(*x.shape[:-1], y.shape[-1])
             if residual is not None:
                 y = y + residual if y.dtype is not residual.dtype else y.add_(residual)
         else:
@@ -282,8 +282,7 @@ class LoraMLP(Function):
                 du = down_gradient(dy, [op_down], [0], dtypes)
             du_fused = du
             if du is not None and use_triton(dh) and rank_slots(op_down.a.shape[0]) > _MAX_FUSED_SLOTS:  # type: ignore[union-attr]
-                kept = Siblings((op_down.a,), (keep_scale(op_down.dropout),), masks=masks_down)  # type: ignore[arg-type]
-                expand(du, kept, dtypes.low, dh, add=True)
+                expand(du, on_input([op_down], masks_down), dtypes.low, dh, add=True)
                 du_fused = None
             dgu = torch.empty_like(gu) if _second_backward_possible() else gu
             _swiglu_backward(
@@ -347,11 +346,17 @@ def lora_mlp(
     Raises:
         ValueError: if widths do not fit.
     """
-    check_width(x, gate, up)
+    check_width(x.shape[-1], gate, up)
     if gate.weight.shape != up.weight.shape or down.weight.shape[1] != gate.weight.shape[0]:
         raise ValueError(
             f"gate {tuple(gate.weight.shape)}, up {tuple(up.weight.shape)} and down {tuple(down.weight.shape)} do not "
             "fit: expected gate and up [I, K] and down [K, I]"
+        )
+    check_width(gate.weight.shape[0], down)
+    if residual is not None and residual.shape != (*x.shape[:-1], down.weight.shape[0]):
+        raise ValueError(
+            f"residual {tuple(residual.shape)} does not fit the result: "
+            f"expected {(*x.shape[:-1], down.weight.shape[0])}"
         )
     return LoraMLP.apply(
         x, residual, *flatten(gate), *flatten(up), *flatten(down), (factors(gate), factors(up), factors(down)),

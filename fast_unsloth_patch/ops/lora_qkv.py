@@ -170,8 +170,8 @@ def _rotate_reference(x, cos, sin, backward=False):
 
 def _heads(y: torch.Tensor, batch: int, seq: int, heads: tuple[int, int], head_dim: int) -> tuple[torch.Tensor, ...]:
     """q, k, v [B, heads, S, D] as views of the stacked projections [T, (Hq + 2 Hk) D]."""
-    y = y.view(batch, seq, -1, head_dim).transpose(1, 2)
     hq, hk = heads
+    y = y.view(batch, seq, hq + 2 * hk, head_dim).transpose(1, 2)
     return y[:, :hq], y[:, hq : hq + hk], y[:, hq + hk :]
 
 
@@ -331,7 +331,7 @@ def lora_qkv(
     Raises:
         ValueError: for widths that do not divide into heads, or operands that do not fit.
     """
-    check_width(x, q, k, v)
+    check_width(x.shape[-1], q, k, v)
     for name, projection in (("q", q), ("k", k), ("v", v)):
         if projection.weight.shape[0] % head_dim or head_dim % 2:
             raise ValueError(
