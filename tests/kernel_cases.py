@@ -8,6 +8,7 @@ launch for that chip, which needs no GPU either.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import pkgutil
 import re
@@ -186,25 +187,26 @@ def _rope(dtype: torch.dtype, cos_dtype: torch.dtype, heads: int, kv_heads: int,
 
 
 def _layers() -> Iterator[tuple[str, Layer]]:
-    large = Layer(8192)
+    large, masked = Layer(8192), Layer(8192, dropout=0.1)
+    attention, mlp = (16, 16, 16, 16, 0, 0, 0), (0, 0, 0, 0, 16, 16, 16)
     for p in (0.0, 0.1):
         for tokens in (512, 2048, 8192):
             yield f"8B, {tokens} tokens, dropout {p}", Layer(tokens, dropout=p)
-        ranked = large._replace(dropout=p)
-        for rank in (64, 128):
-            yield f"rank {rank}, dropout {p}", ranked._replace(ranks=(rank,) * 7)
-        yield f"ranks that differ, dropout {p}", ranked._replace(ranks=(8, 16, 4, 24, 64, 8, 4))
-        yield f"fp16, dropout {p}", ranked._replace(dtype=FP16, autocast=FP16)
-        yield f"fp32, dropout {p}", ranked._replace(dtype=FP32, autocast=None)
-        yield f"fp32 adapters, dropout {p}", ranked._replace(autocast=None)
-    masked = large._replace(dropout=0.1)
-    yield "rank 4", masked._replace(ranks=(4,) * 7)
-    yield "rank 8", masked._replace(ranks=(8,) * 7)
+    yield "rank 64", masked._replace(ranks=(64,) * 7)
+    yield "rank 128", masked._replace(ranks=(128,) * 7)
+    yield "rank 128, no dropout", large._replace(ranks=(128,) * 7)
+    yield "rank 8", large._replace(ranks=(8,) * 7)
+    yield "rank 128, few tokens", masked._replace(tokens=512, ranks=(128,) * 7)
+    yield "ranks that differ", masked._replace(ranks=(8, 16, 4, 24, 64, 8, 4))
     # As many columns as the low-rank kernels take in all, over three siblings and over two.
     yield "widest siblings", masked._replace(ranks=(32, 64, 32, 128, 64, 64, 128))
-    yield "widest in fp32", masked._replace(ranks=(32, 64, 32, 128, 64, 64, 128), dtype=FP32, autocast=None)
-    yield "fp32 adapters, few tokens", masked._replace(tokens=512, autocast=None)
-    yield "rank 128, few tokens", masked._replace(tokens=512, ranks=(128,) * 7)
+    yield "fp16", masked._replace(dtype=FP16, autocast=FP16)
+    yield "fp32", masked._replace(dtype=FP32, autocast=None)
+    yield "fp32, no dropout", large._replace(dtype=FP32, autocast=None, ranks=attention)
+    yield "fp32, widest siblings", masked._replace(dtype=FP32, autocast=None, ranks=(32, 64, 32, 128, 0, 0, 0))
+    yield "fp32 adapters", masked._replace(autocast=None, ranks=mlp)
+    yield "fp32 adapters, no dropout", large._replace(autocast=None, ranks=attention)
+    yield "fp32 adapters, few tokens", masked._replace(tokens=512, autocast=None, ranks=attention)
     yield "adapters on q, v, up", large._replace(ranks=(16, 0, 16, 0, 0, 16, 0))
     yield "no adapter", large._replace(ranks=(0,) * 7)
     yield "biases", Layer(512, bias=True)
@@ -230,6 +232,7 @@ def scenarios() -> Iterator[tuple[str, torch.dtype | None, Callable[[], None]]]:
         yield f"dropout {p}", None, lambda p=p, seed=seed: dropout_bits(seed, p, 3, 8192, 4096, kernel=True)
 
 
+@functools.cache
 def cases(capability: int, sm_count: int = 132) -> list[Case]:
     """Every distinct specialisation that `scenarios` launch on such a chip."""
     limits = _launch.target_limits(capability, sm_count)

@@ -203,6 +203,8 @@ def train_fp16(model, folder, steps: int) -> tuple[list[float], list[float]]:
         fp16=ON_GPU,
         bf16=not ON_GPU,
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # otherwise Trainer wraps the model in DataParallel
     trainer = Trainer(model=model, args=arguments, train_dataset=_completions())
     if not ON_GPU:
         # accelerate refuses fp16 on a CPU; torch does not.

@@ -1,7 +1,7 @@
 """Every kernel of ops/, as the ops launch it, compiles for every kind of chip and fits its memory.
 
 No GPU is needed: Triton builds a cubin for any target, and `kernel_cases` says what to build. Everything is built for
-sm_90; for the other chips one case of each kernel and dtype, the one that takes the most shared memory.
+sm_90; for the other chips one case of each kernel in 16 bits and in fp32, the one that takes the most shared memory.
 """
 
 import json
@@ -35,10 +35,10 @@ def size_of(case):
 
 
 def most_demanding(cases):
-    """One case of each kernel and dtype of its first operand."""
+    """One case of each kernel and size of its first operand's elements."""
     found = {}
     for case in cases:
-        key = case.kernel, case.signature[0]
+        key = case.kernel, case.signature[0][1] == "*fp32"
         if key not in found or size_of(case) > size_of(found[key]):
             found[key] = case
     return list(found.values())
@@ -74,7 +74,7 @@ def test_compiles_and_fits(capability):
     built = most_demanding(kernel_cases.cases(capability))
     for case in built:
         checked(case, capability)
-    assert len(built) > 20
+    assert len(built) > 15
 
 
 KERNELS = sorted({kernel.__name__ for kernel in kernels_defined()})

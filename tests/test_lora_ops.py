@@ -120,17 +120,26 @@ if INTERPRETED:
     DTYPES = DTYPES[:1]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
+def cases(*sizes):
+    """All dtypes and sizes on the CPU. Compiling is what a GPU case costs: there the first size in every dtype, the
+    others in one, in turn.
+    """
+    found = [pytest.param("cpu", *dtypes.values, *size) for size in sizes for dtypes in DTYPES]
+    if not INTERPRETED:
+        few = [(dtypes, sizes[0]) for dtypes in DTYPES] + list(zip((DTYPES * 2)[1:], sizes[1:]))
+        found += [pytest.param("cuda", *dtypes.values, *size, marks=pytest.mark.gpu) for dtypes, size in few]
+    return found
+
+
 @pytest.mark.parametrize(
-    ("shape", "n", "r", "options"),
-    [
+    ("device", "dtype", "adapter_dtype", "shape", "n", "r", "options"),
+    cases(
         ((2, 9, 80), 48, 8, {}),
         ((5, 33), 70, 3, {"bias": True, "lora_bias": True}),
         ((1, 64), 32, 20, {"train": False}),
         ((3, 40), 24, 0, {"bias": True}),
         ((2, 3, 48), 40, 150, {"train": False}),  # more slots than the kernels take
-    ],
+    ),
 )
 def test_lora_linear(device, dtype, adapter_dtype, shape, n, r, options, poisoned_empty):
     p = projection(n, shape[-1], r, device=device, dtype=dtype, adapter_dtype=adapter_dtype, **options)
@@ -143,17 +152,15 @@ def test_lora_linear(device, dtype, adapter_dtype, shape, n, r, options, poisone
     assert tally.backward == 1
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
 @pytest.mark.parametrize(
-    ("ranks", "head_dim", "rotary", "options"),
-    [
+    ("device", "dtype", "adapter_dtype", "ranks", "head_dim", "rotary", "options"),
+    cases(
         ((8, 8, 8), 16, 16, {}),
         ((4, 0, 20), 24, 24, {"bias": True, "lora_bias": True}),
         ((0, 0, 0), 16, 8, {}),
         ((8, 0, 8), 32, 16, {"train": False}),
         ((100, 0, 4), 16, 16, {"train": False}),  # added before the GEMM
-    ],
+    ),
 )
 def test_lora_qkv(device, dtype, adapter_dtype, ranks, head_dim, rotary, options, poisoned_empty):
     batch, seq, width = 2, 11, 72
@@ -197,9 +204,7 @@ MLP_CASES = [
 ]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
-@pytest.mark.parametrize(("ranks", "options"), MLP_CASES)
+@pytest.mark.parametrize(("device", "dtype", "adapter_dtype", "ranks", "options"), cases(*MLP_CASES))
 @pytest.mark.parametrize("retained", [False, True])
 def test_lora_mlp(device, dtype, adapter_dtype, ranks, options, retained, poisoned_empty):
     width, inner = 40, 72

@@ -59,7 +59,7 @@ def test_links_lead_somewhere():
 
 def test_ci_runs_the_two_commands():
     commands = re.findall(r"^python3 -m venv .+$", README, re.M)
-    assert [command.rpartition("&& ")[2].split()[-1] for command in commands] == ["demo", "loadfile"]
+    assert [command.rpartition("&& ")[2].split()[-1] for command in commands] == ["demo", "worksteal"]
     ci = (ROOT / ".ci" / "run").read_text()
     assert all(command in ci for command in commands)
 

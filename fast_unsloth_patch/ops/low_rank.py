@@ -166,12 +166,13 @@ def pack(siblings: Siblings, dtype: torch.dtype) -> tuple[torch.Tensor, list[tor
 
 
 def mm_wide(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``a @ b`` with the result in ``dtype``; on CUDA an fp32 result of half-precision operands is not rounded on the
-    way.
+    """``a @ b`` with the result in ``dtype``; on CUDA an fp32 result of bf16 operands is not rounded on the way.
+
+    One of fp16 operands is: a loss scaler finds its scale by what overflows in fp16, and must find stock's.
     """
     if dtype is a.dtype:
         return torch.mm(a, b)
-    if dtype is torch.float32 and a.is_cuda:
+    if dtype is torch.float32 and a.dtype is torch.bfloat16 and a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b).to(dtype)
 
@@ -260,6 +261,8 @@ def outer(x: torch.Tensor, u: torch.Tensor, siblings: Siblings, dtype: torch.dty
     consts = (len(mats), starts is None, masked, *_three(layout.slots, 16), precision(dtype), block_t, block_k)
     launch(outer_kernel, (blocks, splits), args, consts, num_warps=4, num_stages=_stages(x))
     g = g[0] if splits == 1 else g.sum(0)
+    if dtype is torch.float16:  # see mm_wide
+        g = g.to(dtype)
     parts = zip(mats, ranks, widths, g.split(sizes))
     return [
         (part.view(width, -1)[:, :rank] if by_rows else part.view(-1, width)[:rank]).to(m.dtype).contiguous()
