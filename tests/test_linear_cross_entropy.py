@@ -272,11 +272,6 @@ def test_interpreter(run_python):
     assert result.returncode == 0 and result.stdout.startswith("fine"), result.stderr[-3000:]
 
 
-def test_compile_cases_name_the_kernel_parameters():
-    for name, kernel, signature, constexprs, _ in op.compile_cases():
-        assert [*signature, *constexprs] == list(kernel.arg_names), name
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", [(3, 7, 8), (515, 1003, 72), (300, 32000, 256), (5000, 50257, 128)], ids=str)

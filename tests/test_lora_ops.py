@@ -258,11 +258,14 @@ def drawn_masks(x2d, group, seed, stream=0):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("rates", [(0.25, 0.25, 0.25), (0.1, 0.0, 0.5)])
-def test_dropout_is_peft_s_with_independent_masks(device, rates):
+@pytest.mark.parametrize(
+    ("rates", "rank"),
+    [((0.25, 0.25, 0.25), 4), ((0.1, 0.0, 0.5), 4), ((0.25, 0.25, 0.25), 64)],  # 3 x 64: more than one launch takes
+)
+def test_dropout_is_peft_s_with_independent_masks(device, rates, rank):
     """With the masks it drew the op is the reference: values, gradient scale 1 / (1 - p), one mask a projection."""
     width, tokens = 40, 22
-    group = [projection(n, width, 4, device=device, dropout=p, train=False) for n, p in zip((32, 16, 16), rates)]
+    group = [projection(n, width, rank, device=device, dropout=p, train=False) for n, p in zip((32, 16, 16), rates)]
     x = tensor(2, tokens // 2, width, device=device)
     cos, sin = (tensor(1, tokens // 2, 8, device=device, grad=False) for _ in "cs")
     torch.manual_seed(11)
@@ -346,6 +349,15 @@ def test_operands_that_do_not_fit_are_named():
         lora_mlp(torch.randn(2, 24), p, p, p)
     with pytest.raises(ValueError, match="multiple of an even head size"):
         lora_qkv(torch.randn(1, 2, 24), p, p, p, torch.randn(1, 2, 6), torch.randn(1, 2, 6), 6)
+
+
+def test_an_input_that_backward_does_not_read_is_not_kept():
+    """Layers without adapter over frozen weights (the whole MLP, with PEFT's default targets) need no activation."""
+    frozen = projection(16, 24, 0, device="cpu", train=False)
+    adapted = projection(16, 24, 4, device="cpu", train=False)
+    x = torch.randn(3, 24, requires_grad=True)
+    assert lora_linear(x, frozen).grad_fn.saved_tensors[0] is None
+    assert lora_linear(x, adapted).grad_fn.saved_tensors[0] is not None
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the run that the test starts")

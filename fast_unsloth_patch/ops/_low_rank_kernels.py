@@ -46,7 +46,7 @@ def load_factor(
 
 @jit(do_not_specialize=["T"])
 def down_kernel(
-    x_ptr, m0_ptr, m1_ptr, m2_ptr, bits_ptr, u_ptr, s0, s1, s2, T, stride, words, c0, c1, c2, k0, k1, k2,
+    x_ptr, m0_ptr, m1_ptr, m2_ptr, bits_ptr, u_ptr, s0, s1, s2, T, stride, u_stride, words, c0, c1, c2, k0, k1, k2,
     J: tl.constexpr, SHARED: tl.constexpr, BY_ROWS: tl.constexpr, MASKED: tl.constexpr,
     R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
     SLOTS0: tl.constexpr, SLOTS1: tl.constexpr, SLOTS2: tl.constexpr,
@@ -54,7 +54,6 @@ def down_kernel(
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     row_mask = rows < T
-    WIDTH: tl.constexpr = SLOTS0 + (SLOTS1 if J > 1 else 0) + (SLOTS2 if J > 2 else 0)
     bits1_ptr = bits_ptr + T.to(tl.int64) * words
     bits2_ptr = bits1_ptr + T.to(tl.int64) * words
     acc0 = tl.zeros([BLOCK_T, SLOTS0], tl.float32)
@@ -86,7 +85,7 @@ def down_kernel(
             x = _load_x(x_ptr + c2, u_ptr, rows, cols, row_mask, stride, k2)
             m = load_factor(m2_ptr, cols, k2, R2, SLOTS2, BY_ROWS, False)
             acc2 = tl.dot(x, m.to(x.dtype), acc2, input_precision=PRECISION)
-    at = u_ptr + rows[:, None].to(tl.int64) * WIDTH
+    at = u_ptr + rows[:, None].to(tl.int64) * u_stride
     tl.store(at + tl.arange(0, SLOTS0)[None, :], (acc0 * s0).to(u_ptr.dtype.element_ty), mask=row_mask[:, None])
     if J > 1:
         tl.store(

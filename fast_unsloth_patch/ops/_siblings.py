@@ -255,6 +255,11 @@ def add_update(u: torch.Tensor, op: Operands, dtype: torch.dtype, y: torch.Tenso
     expand(u, Siblings((op.b.contiguous(),), (1.0,), by_rows=True), dtype, y)  # type: ignore[union-attr]
 
 
+def reads_input(needs: tuple[bool, ...]) -> bool:
+    """Whether the backward of these projections reads their input: for a trainable W or A, not for B, biases or dx."""
+    return any(needs[0::TENSORS]) or any(needs[2::TENSORS])
+
+
 class OperandGrads(NamedTuple):
     """Gradients in the order of the Function's tensor arguments."""
 
@@ -267,7 +272,7 @@ class OperandGrads(NamedTuple):
 
 def siblings_backward(
     dy: torch.Tensor,
-    x: torch.Tensor,
+    x: torch.Tensor | None,
     low: Low,
     group: list[Operands],
     masks: torch.Tensor | None,
@@ -283,7 +288,7 @@ def siblings_backward(
 
     Args:
         dy: [T, sum of N], the siblings' gradients side by side, in ``dtypes.base``.
-        x: [T, K] in ``dtypes.base``.
+        x: [T, K] in ``dtypes.base``; None where ``reads_input`` is False.
         low: what ``project_down`` gave.
         group: the siblings.
         masks: keep masks of the siblings that have an adapter, or None.
@@ -370,7 +375,7 @@ def a_gradients(du, x, low: Low, group: list[Operands], masks, dtypes: Dtypes) -
 
 def _low_dx(du, x, low: Low, group: list[Operands], masks, dtypes: Dtypes) -> torch.Tensor:
     """``sum_j c_j (du_j A_j) * m_j`` [T, K], for the base GEMMs to accumulate on."""
-    dx = torch.empty_like(x)
+    dx = torch.empty((du.shape[0], group[0].a.shape[1]), dtype=dtypes.base, device=du.device)  # type: ignore[union-attr]
     if low.packed is None:
         return expand(du, on_input(group, masks), dtypes.low, dx)
     # The packed A's carry the scaling, which du has already.
@@ -388,12 +393,14 @@ def on_input(group: list[Operands], masks: torch.Tensor | None) -> Siblings:
     return Siblings(a, tuple([keep_scale(op.dropout) for op in group]), masks=masks)
 
 
-def base_grads(dy: torch.Tensor, x: torch.Tensor, op: Operands, needs: tuple[bool, ...]) -> dict[str, torch.Tensor]:
+def base_grads(
+    dy: torch.Tensor, x: torch.Tensor | None, op: Operands, needs: tuple[bool, ...]
+) -> dict[str, torch.Tensor]:
     """Gradients of the base weight and of the biases, where needed; ``needs`` in the order of the tensor arguments."""
     need_weight, need_bias, _, _, need_lora_bias = needs
     grads = {}
     if need_weight:
-        grads["weight"] = torch.mm(dy.t(), x).to(op.weight.dtype)
+        grads["weight"] = torch.mm(dy.t(), x).to(op.weight.dtype)  # type: ignore[arg-type]
     if need_bias or need_lora_bias:
         total = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
         if need_bias:

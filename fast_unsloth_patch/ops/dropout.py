@@ -106,11 +106,3 @@ def _dropout_bits_reference(seed: torch.Tensor, threshold: int, bits: torch.Tens
 def apply_dropout_bits(x: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
     """``x`` [T, K] with the dropped elements zeroed (not rescaled); ``bits`` [T, ceil(K / 32)]."""
     return x * unpack_dropout_bits(bits.unsqueeze(0), x.shape[-1])[0].to(x.dtype)
-
-
-def compile_cases():
-    """Every configuration of the kernel, for the compile test: (name, kernel, signature, constexprs, options)."""
-    signature = {"bits_ptr": "*i32", "seed_ptr": "*i64", "n_words": "i32"}
-    for p in (0.1, 0.5):
-        constexprs = {"STREAM": 0, "THRESHOLD": 65536 - round(p * 65536), "BLOCK": _WORDS_PER_PROGRAM}
-        yield f"dropout_bits[p={p}]", _dropout_bits_kernel, signature, constexprs, {"num_warps": 4, "num_stages": 1}

@@ -16,7 +16,6 @@ al., "Liger Kernel: efficient Triton kernels for LLM training", 2024); dropping 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -404,20 +403,3 @@ def linear_cross_entropy(
     if num_items is None:
         return total / kept.count()
     return total / (num_items.to(total.device) if isinstance(num_items, torch.Tensor) else num_items)
-
-
-def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """Every configuration of the kernel, for the compile test: (name, kernel, signature, constexprs, options)."""
-    for dtype, scale in (("bf16", 1.0), ("fp16", _FP16_SCALE), ("fp32", 1.0)):
-        signature = {
-            "logits_ptr": f"*{dtype}",
-            "labels_ptr": "*i64",
-            "losses_ptr": "*fp32",
-            "stride": "i32",
-            "n_cols": "i32",
-        }
-        for grad in (True, False):
-            for block in (_BLOCK, 128):
-                constexprs = {"GRAD": grad, "SCALE": scale, "BLOCK": block}
-                name = f"cross_entropy[{dtype},grad={grad},block={block}]"
-                yield name, _cross_entropy_kernel, signature, constexprs, {"num_warps": _NUM_WARPS, "num_stages": 2}

@@ -30,6 +30,7 @@ from ._siblings import (
     linear_forward,
     operands,
     project_down,
+    reads_input,
     resolve_dtypes,
     rows,
     seed_for,
@@ -50,7 +51,8 @@ class LoraLinear(Function):
         masks = draw_masks(x2d, [op], seed) if a is not None else None
         low = project_down(x2d, [op], masks, dtypes.low)
         y = linear_forward(x2d, op, low.u, dtypes)
-        ctx.save_for_backward(x2d, *low, masks)
+        keep = reads_input(ctx.needs_input_grad[1:6])
+        ctx.save_for_backward(x2d if keep else None, *low, masks)
         ctx.parameters = Parameters.of((weight, bias, a, b, lora_bias))
         ctx.values, ctx.dtypes, ctx.tally = values, dtypes, tally
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype

@@ -49,6 +49,7 @@ from ._siblings import (
     on_input,
     operands,
     project_down,
+    reads_input,
     resolve_dtypes,
     rows,
     seed_for,
@@ -259,7 +260,8 @@ class LoraMLP(Function):
             y = torch.zeros((), dtype=dtype, device=x.device).expand(*x.shape[:-1], op_down.weight.shape[0])
         # The same tensors whether or not the output was computed: a non-reentrant checkpoint compares forward and
         # recompute.
-        ctx.save_for_backward(x2d, *low, masks, gu, masks_down)
+        keep = reads_input(ctx.needs_input_grad[2 : 2 + 2 * TENSORS])
+        ctx.save_for_backward(x2d if keep else None, *low, masks, gu, masks_down)
         ctx.parameters = Parameters.of(tuple(tensors))
         ctx.values, ctx.dtypes, ctx.tally, ctx.fused = values, dtypes, tally, fused
         ctx.x_shape, ctx.x_dtype, ctx.residual_dtype = x.shape, x.dtype, None if residual is None else residual.dtype
@@ -274,7 +276,7 @@ class LoraMLP(Function):
         gate, up, op_down = operands(ctx.parameters.unchanged(), ctx.values)
         dtypes, needs = ctx.dtypes, ctx.needs_input_grad
         d_residual = dy.to(ctx.residual_dtype) if needs[1] else None
-        with without_autocast(x):
+        with without_autocast(gu):
             dy = rows(dy, dtypes.base)
             dh = torch.mm(dy, op_down.weight.to(dtypes.base))
             du = None

@@ -33,6 +33,7 @@ from ._siblings import (
     flatten,
     operands,
     project_down,
+    reads_input,
     resolve_dtypes,
     rows,
     seed_for,
@@ -272,7 +273,8 @@ class LoraQKV(Function):
         elif rotate:
             for part in _heads(y, batch, seq, heads, head_dim)[:2]:
                 part.copy_(_rotate_reference(part, cos, sin))
-        ctx.save_for_backward(x2d, *low, masks, cos, sin)
+        keep = reads_input(ctx.needs_input_grad[3 : 3 + 3 * TENSORS])
+        ctx.save_for_backward(x2d if keep else None, *low, masks, cos, sin)
         ctx.parameters = Parameters.of(tuple(tensors))
         ctx.values, ctx.dtypes, ctx.tally = values, dtypes, tally
         ctx.layout = (x.shape, x.dtype, heads, head_dim, rotate)
@@ -286,7 +288,7 @@ class LoraQKV(Function):
         x, u, packed, masks, cos, sin = ctx.saved_tensors
         x_shape, x_dtype, heads, head_dim, rotate = ctx.layout
         group = operands(ctx.parameters.unchanged(), ctx.values)
-        with without_autocast(x):
+        with without_autocast(cos):
             dy = _unrotate(grads, cos, sin, x_shape[:2], heads, head_dim, rotate, ctx.dtypes.base)
             dx, parts = siblings_backward(
                 dy,

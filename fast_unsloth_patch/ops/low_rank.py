@@ -109,11 +109,29 @@ def _three(values, filler):
     return values if n == 3 else (*values, filler, filler) if n == 1 else (*values, filler)
 
 
-def _stages(x: torch.Tensor) -> int:
-    """Pipeline depth: three stages of the largest case (three masked siblings) need 108 KiB, which sm_86, 89 and 120
-    lack.
-    """
-    return 3 if device_limits(x.get_device()).smem >= 160 * 1024 else 2
+def _stages(x: torch.Tensor, width: int) -> int:
+    """Pipeline depth. Three stages of the widest case take 182 KiB (sm_90, 100), of 64 slots 114 KiB (sm_80 too)."""
+    smem = device_limits(x.get_device()).smem
+    return 3 if smem >= 220 * 1024 or (smem >= 160 * 1024 and width <= 64) else 2
+
+
+def _singly(siblings: Siblings) -> list[Siblings]:
+    """Each sibling by itself: together they have more slots than a kernel's accumulators hold."""
+    mats, scales, by_rows, starts, masks = siblings
+    return [
+        Siblings(
+            (m,),
+            (scale,),
+            by_rows,
+            None if starts is None else (starts[j],),
+            None if masks is None else masks[j : j + 1],
+        )
+        for j, (m, scale) in enumerate(zip(mats, scales))
+    ]
+
+
+def _too_wide(layout: Layout) -> bool:
+    return layout.width > MAX_SLOTS and max(layout.slots) <= MAX_SLOTS
 
 
 def _fits_kernels(x: torch.Tensor, layout: Layout) -> bool:
@@ -177,13 +195,14 @@ def mm_wide(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     return torch.mm(a, b).to(dtype)
 
 
-def down(x: torch.Tensor, siblings: Siblings, dtype: torch.dtype) -> torch.Tensor:
+def down(x: torch.Tensor, siblings: Siblings, dtype: torch.dtype, u: torch.Tensor | None = None) -> torch.Tensor:
     """``u_j = scale_j (x * mask_j) M_j^T`` for all siblings.
 
     Args:
         x: [T, K] (rows may be strided).
         siblings: the matrices.
         dtype: compute dtype; x and the matrices are rounded to it, products accumulate in fp32, u is stored in it.
+        u: where to write the result (rows may be strided).
 
     Returns:
         [T, sum of slots], zero in the columns beyond each rank.
@@ -192,22 +211,30 @@ def down(x: torch.Tensor, siblings: Siblings, dtype: torch.dtype) -> torch.Tenso
     ranks, widths = _ranks(siblings), _widths(siblings)
     layout = layout_of(ranks)
     tokens = x.shape[0]
-    u = torch.empty((tokens, layout.width), dtype=dtype, device=x.device)
+    if u is None:
+        u = torch.empty((tokens, layout.width), dtype=dtype, device=x.device)
     if tokens == 0:
+        return u
+    if use_triton(x) and _too_wide(layout):
+        for one, at, n in zip(_singly(siblings), layout.starts, layout.slots):
+            down(x, one, dtype, u[:, at : at + n])
         return u
     if not _fits_kernels(x, layout):
         return _down_reference(x, siblings, layout, u)
     masked = masks is not None
-    block_t = 64 if tokens >= 4096 else 32 if tokens >= 2048 else 16
+    # 32 rows with masks spill.
+    block_t, block_k = (64 if tokens >= 4096 else 32 if tokens >= 2048 and not masked else 16), 128
+    if dtype is torch.float32:  # larger blocks spill
+        block_t, block_k = min(block_t, 32), 32
     args = (
         x, *_three(mats, mats[0]), masks if masks is not None else x, u, *_three(scales, 0.0), tokens, x.stride(0),
-        masks.shape[2] if masks is not None else 0, *_three(starts or (0,), 0), *_three(widths, 0),
+        u.stride(0), masks.shape[2] if masks is not None else 0, *_three(starts or (0,), 0), *_three(widths, 0),
     )  # fmt: skip
     consts = (
         len(mats), starts is None, by_rows, masked, *_three(ranks, 0), *_three(layout.slots, 16),
-        precision(dtype), block_t, 64 if dtype is torch.float32 else 128,
+        precision(dtype), block_t, block_k,
     )  # fmt: skip
-    launch(down_kernel, (_ceil(tokens, block_t),), args, consts, num_warps=4, num_stages=_stages(x))
+    launch(down_kernel, (_ceil(tokens, block_t),), args, consts, num_warps=4, num_stages=_stages(x, layout.width))
     return u
 
 
@@ -240,6 +267,9 @@ def outer(x: torch.Tensor, u: torch.Tensor, siblings: Siblings, dtype: torch.dty
     ranks, widths = _ranks(siblings), _widths(siblings)
     layout = layout_of(ranks)
     tokens = x.shape[0]
+    if use_triton(x) and _too_wide(layout):
+        parts = zip(_singly(siblings), layout.starts, layout.slots)
+        return [g for one, at, n in parts for g in outer(x, u[:, at : at + n], one, dtype)]
     if tokens == 0 or not _fits_kernels(x, layout) or (starts is not None and len(set(layout.slots)) > 1):
         return _outer_reference(x, u, siblings, layout, dtype)
     block_k, block_t = (64, 32) if dtype is torch.float32 else (64, 64)
@@ -259,14 +289,13 @@ def outer(x: torch.Tensor, u: torch.Tensor, siblings: Siblings, dtype: torch.dty
         total, sizes[0], sum(sizes[:2]), gk, gr,
     )  # fmt: skip
     consts = (len(mats), starts is None, masked, *_three(layout.slots, 16), precision(dtype), block_t, block_k)
-    launch(outer_kernel, (blocks, splits), args, consts, num_warps=4, num_stages=_stages(x))
+    launch(outer_kernel, (blocks, splits), args, consts, num_warps=4, num_stages=_stages(x, layout.width))
     g = g[0] if splits == 1 else g.sum(0)
     if dtype is torch.float16:  # see mm_wide
         g = g.to(dtype)
-    parts = zip(mats, ranks, widths, g.split(sizes))
     return [
         (part.view(width, -1)[:, :rank] if by_rows else part.view(-1, width)[:rank]).to(m.dtype).contiguous()
-        for m, rank, width, part in parts
+        for m, rank, width, part in zip(mats, ranks, widths, g.split(sizes))
     ]
 
 
@@ -297,10 +326,16 @@ def expand(
     tokens, width = y.shape
     if tokens == 0:
         return y
+    if use_triton(y) and _too_wide(layout):
+        for j, (one, at, n) in enumerate(zip(_singly(siblings), layout.starts, layout.slots)):
+            expand(u[:, at : at + n], one, dtype, y, add=add or j > 0)
+        return y
     if not _fits_kernels(y, layout):
         return _expand_reference(u, siblings, layout, dtype, y, add)
     masked = masks is not None
-    block_t, block_n = (64, 128) if tokens >= 2048 else (32, 128)
+    block_t, block_n = (64 if tokens >= 2048 else 32), 128
+    if dtype is torch.float32:  # larger blocks spill
+        block_t, block_n = 32, 64
     args = (
         u, *_three(mats, mats[0]), masks if masks is not None else y, y, *_three(scales, 0.0), tokens,
         y.stride(0), u.stride(0), masks.shape[2] if masks is not None else 0, width,
@@ -310,7 +345,7 @@ def expand(
         precision(dtype), block_t, block_n,
     )  # fmt: skip
     grid = (_ceil(tokens, block_t), _ceil(width, block_n))
-    launch(expand_kernel, grid, args, consts, num_warps=8 if masked else 4, num_stages=2)
+    launch(expand_kernel, grid, args, consts, num_warps=8 if masked or dtype is torch.float32 else 4, num_stages=2)
     return y
 
 
