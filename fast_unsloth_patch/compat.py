@@ -94,7 +94,8 @@ def unknown_target(patch: Patch, module: Any) -> str | None:
     if other := foreign(stock, patch.module):
         return f"conflict: {patch.target} was replaced by {other}"
     found = tuple(inspect.signature(stock).parameters)
-    if patch.parameters and found != patch.parameters:
+    known = [names.split("|") for names in patch.parameters]
+    if known and (len(found) != len(known) or any(name not in names for name, names in zip(found, known))):
         return f"{patch.target} takes ({', '.join(found)}), not ({', '.join(patch.parameters)}) as known"
     return None
 

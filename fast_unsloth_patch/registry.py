@@ -36,7 +36,8 @@ class Patch:
             ``"checkpoint_property"``: an attribute of instances; the builder gets :data:`MISSING` unless the class
             defines it, and returns a property. Its module has ``set_policy(recompute)``.
         requires: distributions whose installed version must lie in the window of ``compat.py``.
-        parameters: the names that the stock function's signature must have, in order; empty: any.
+        parameters: the names that the stock function's signature must have, in order, ``"old|new"`` where a supported
+            version renamed one; empty: any.
         summary: one line for tables.
     """
 
@@ -74,7 +75,7 @@ PATCHES: tuple[Patch, ...] = (
             "hidden_states",
             "position_embeddings",
             "attention_mask",
-            "past_key_values",
+            "past_key_values|cache",
             "kwargs",
         ),
         summary="q, k, v with their LoRA and RoPE as one op",
@@ -99,7 +100,7 @@ PATCHES: tuple[Patch, ...] = (
             "input_ids",
             "attention_mask",
             "position_ids",
-            "past_key_values",
+            "past_key_values|cache",
             "inputs_embeds",
             "labels",
             "use_cache",

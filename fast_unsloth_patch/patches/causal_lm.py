@@ -136,18 +136,23 @@ def causal_lm_forward(stock):
         ``stock`` returns.
     """
 
+    cache_argument = guards.cache_argument(stock)
+
     def forward(
         self,
         input_ids=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         labels=None,
         use_cache=None,
         logits_to_keep=0,
         **kwargs,
     ):
+        by_old_name = kwargs.pop("past_key_values", None)
+        if cache is None:
+            cache = by_old_name
         reason = _why_stock(self, labels, logits_to_keep, kwargs)
         if reason is not None:
             _TALLY.fall_back(reason)
@@ -156,7 +161,7 @@ def causal_lm_forward(stock):
                 input_ids,
                 attention_mask,
                 position_ids,
-                past_key_values,
+                cache,
                 inputs_embeds,
                 labels,
                 use_cache,
@@ -180,9 +185,9 @@ def causal_lm_forward(stock):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{cache_argument: cache},
             **kwargs,
         )
         hidden = outputs.last_hidden_state
@@ -205,9 +210,9 @@ def causal_lm_forward(stock):
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{cache_argument: getattr(outputs, cache_argument)},
         )
         return output if return_dict else output.to_tuple()
 

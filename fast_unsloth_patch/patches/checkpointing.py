@@ -75,8 +75,12 @@ def set_policy(policy: str) -> None:
 
 
 def recomputing() -> bool:
-    """True inside the second or a later call of a checkpointed region, False elsewhere and while compiling."""
-    return not torch.compiler.is_compiling() and _RECOMPUTED.get() is not None
+    """True inside the second or a later call of a checkpointed region, False elsewhere and while compiling.
+
+    A recompute runs with gradients. What runs without them inside it (a teacher asked from a hook) is a forward of its
+    own, for which transformers makes no region from 5.24 on.
+    """
+    return not torch.compiler.is_compiling() and _RECOMPUTED.get() is not None and torch.is_grad_enabled()
 
 
 def output_unused(module: nn.Module) -> bool:
@@ -92,7 +96,7 @@ def output_unused(module: nn.Module) -> bool:
     Returns:
         True if the values are not needed; shape, dtype, device and the autograd graph of the output always are.
     """
-    if _policy != "full" or torch.compiler.is_compiling():
+    if _policy != "full" or not recomputing():
         return False
     region = _RECOMPUTED.get()
     if region is None or region.layer._modules.get("mlp") is not module:
@@ -255,8 +259,11 @@ def _ends_with_mlp(forward: object) -> bool:
     """Is ``forward`` written as the stock decoder layer's: the MLP once, added to the residual, and returned?
 
     Reads the source of the code that runs (not of what it claims to wrap), so a replaced forward is judged by itself;
-    no source, no claim.
+    no source, no claim. The one wrapper that is looked through is transformers' own for renamed arguments (from 5.24 on
+    on the layer's forward), which calls what it wraps and returns its result.
     """
+    while isinstance(forward, FunctionType) and forward.__globals__["__name__"] == "transformers.utils.deprecation":
+        forward = forward.__wrapped__  # type: ignore[attr-defined]
     if not isinstance(forward, FunctionType):
         return False
     try:

@@ -6,6 +6,9 @@ that changes from call to call, so that counting them cannot grow without bound.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -49,3 +52,12 @@ def blocked(module: nn.Module, x: object) -> str | None:
     if x.numel() == 0:
         return "empty input"
     return unsupported(x)
+
+
+def cache_argument(stock: Callable) -> str:
+    """What ``stock`` calls its key-value cache: ``"past_key_values"``, from transformers 5.24 on ``"cache"``.
+
+    The same name goes for the calls that ``stock`` makes and for its output. A forward that stands for ``stock`` names
+    the parameter ``cache`` and takes the old name, which every version accepts, from its keyword arguments.
+    """
+    return "cache" if "cache" in inspect.signature(stock).parameters else "past_key_values"

@@ -66,10 +66,14 @@ def attention_forward(stock: Callable) -> Callable:
     """
     modeling = sys.modules[stock.__module__]
     rotary = _own_rotary(modeling)
+    tells_cache_kwargs = guards.cache_argument(stock) == "cache"
 
     def forward(
-        self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
+        self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        by_old_name = kwargs.pop("past_key_values", None)
+        if cache is None:
+            cache = by_old_name
         plan = (
             guards.blocked(self, hidden_states)
             or _rotary_reason(self, hidden_states, position_embeddings, modeling, rotary)
@@ -80,15 +84,16 @@ def attention_forward(stock: Callable) -> Callable:
             plan = "rotary dtype"
         if isinstance(plan, str):
             _ATTENTION.fall_back(plan)
-            return stock(self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+            return stock(self, hidden_states, position_embeddings, attention_mask, cache, **kwargs)
         _ATTENTION.hit(checkpointing.recomputing())
         q_proj, k_proj, v_proj, o_proj = plan.projections
         cos, sin = position_embeddings
         query, key, value = lora_qkv(hidden_states, q_proj, k_proj, v_proj, cos, sin, self.head_dim, tally=_ATTENTION)
         # One backward counts once, in the op that backward reaches last.
         o_tally = None if value.requires_grad else _ATTENTION
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            told = {"kwargs": kwargs} if tells_cache_kwargs else {}
+            key, value = cache.update(key, value, self.layer_idx, **told)
         attention = modeling.ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, modeling.eager_attention_forward
         )
