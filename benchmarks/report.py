@@ -5,7 +5,7 @@
 
 A results file is `{"rows": [...], "floors": [...]}`: a row an arm (`train_step.py`), a floor a case (`floor.py`). In
 the README everything between `<!-- results:begin NAME -->` and `<!-- results:end NAME -->` is generated; NAME is one
-of `TABLES`. Speeds are only compared within one run: a case is shown by its newest run that has a stock row.
+of `TABLES`. Speeds are only compared within one run: a case is shown by its newest run with two implementations.
 """
 
 from __future__ import annotations
@@ -205,9 +205,9 @@ def _case(row: Row) -> Case:
 
 
 def _runs(document: dict[str, list[Row]]) -> dict[str, list[Row]]:
-    """Title of a case -> the rows of its newest run with stock in it; the later of two rows of one label counts.
+    """Title of a case -> the rows of its newest run of two implementations; the later of two rows of one label counts.
 
-    Stock is in it too if the memory did not hold it, as long as something else ran.
+    Stock counts as one also if the memory did not hold it, as long as something else ran.
     """
     runs: dict[str, dict[str, dict[tuple[str, bool], Row]]] = {}
     for row in document["rows"]:
@@ -216,8 +216,10 @@ def _runs(document: dict[str, list[Row]]) -> dict[str, list[Row]]:
     newest = {}
     for title, of_case in runs.items():
         for rows in of_case.values():
-            statuses = {r["status"] for r in rows.values() if r["impl"] == "stock"}
-            if statuses & {"ok", "oom"} and any(r["status"] == "ok" for r in rows.values()):
+            known = {
+                r["impl"] for r in rows.values() if r["status"] == "ok" or (r["impl"], r["status"]) == ("stock", "oom")
+            }
+            if len(known) > 1:
                 newest[title] = list(rows.values())
     return newest
 
@@ -263,10 +265,13 @@ def _steps(document: dict[str, list[Row]]) -> str:
     rows = []
     for title, found in _runs(document).items():
         plain = {r["impl"]: r for r in _warm(found) if r["label"] == r["impl"]}
-        floor = _floor(document, _case(found[0]))
         cells = [_numbers(plain.get(impl)) for impl in NAMES]
-        rows.append([title, *cells, f"{floor['total_ms']:.0f} ms" if floor else "-"])
-    return _markdown(["batch x sequence", *NAMES.values(), "floor"], rows) if rows else ""
+        if document["floors"]:
+            floor = _floor(document, _case(found[0]))
+            cells.append(f"{floor['total_ms']:.0f} ms" if floor else "-")
+        rows.append([title, *cells])
+    head = ["batch x sequence", *NAMES.values(), *["floor"][: len(document["floors"])]]
+    return _markdown(head, rows) if rows else ""
 
 
 def _parity(document: dict[str, list[Row]]) -> str:

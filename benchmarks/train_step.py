@@ -4,7 +4,7 @@
         --checkpointing --json benchmarks/results/h200.json
     python benchmarks/train_step.py --plan benchmarks/plans/issue2.json --json OUT
 
-The setting is that of PERFORMANCE.md: random weights in the real model's shape, the same in every implementation
+The setting: random weights in the real model's shape, the same in every implementation
 (`shapes.fill_weights`); autocast; fp32 LoRA adapters r=16 on all seven projections, or every weight in full mode; fused
 AdamW; gradients clipped to norm 1; a new batch of real text each step; the median of `--steps` steps after `--warmup`,
 the device synchronised at each step's end, as Trainer's own NaN filter does.

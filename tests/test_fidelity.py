@@ -1,4 +1,4 @@
-"""The contract of DESIGN.md section 1: the fast run is the stock run within rounding, loss and every gradient.
+"""The fidelity contract: the fast run is the stock run within rounding, loss and every gradient.
 
 In float32: within 1e-5 relative. In bf16: the root mean square of the error against float64 stock, pooled over seeds,
 at most 1.1 times stock's own. One run proves nothing there, so each figure pools what it needs to stand still: 32

@@ -22,7 +22,7 @@ FORWARDS = ("llama.rms_norm", "llama.attention", "llama.mlp", "llama.checkpointi
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Decoder layers of a tiny model.
 LAYERS = 2
-# Relative to stock in float32, DESIGN.md section 1.
+# Relative to stock in float32: the fidelity contract.
 FP32 = 1e-5
 
 

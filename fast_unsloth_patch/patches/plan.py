@@ -1,10 +1,10 @@
 """Which operands a patched forward hands to the ops, or why it must run stock: kept while nothing has changed.
 
-Asking every child module of a layer for its state costs more than the kernels of a small step (PERFORMANCE.md section
-5). So the answer is kept with the module as a ``Plan``, and a call only compares what can change the answer: child
-modules, parameters (identity, dtype, device; ``param.data = ...`` changes the last two in place), PEFT's state,
-dropout, hooks, instance forwards, autocast. Whatever differs makes a new plan, so nothing has to tell us that it
-changed anything. What the ops read off the tensors themselves (values, strides, ``requires_grad``) is not part of it.
+Asking every child module of a layer for its state costs more than the kernels of a small step. So the answer is kept
+with the module as a ``Plan``, and a call only compares what can change the answer: child modules, parameters
+(identity, dtype, device; ``param.data = ...`` changes the last two in place), PEFT's state, dropout, hooks, instance
+forwards, autocast. Whatever differs makes a new plan, so nothing has to tell us that it changed anything. What the
+ops read off the tensors themselves (values, strides, ``requires_grad``) is not part of it.
 
 Only plans that say "fast" are kept. A reason is worked out again at each call: stock is slow anyway, and then there
 is nothing to invalidate.
