@@ -132,6 +132,8 @@ def _table(result: dict[str, Any]) -> str:
     lines.append("what took the fast path, forward / backward / recomputed; calls that ran stock:")
     for row in result["status"]:
         calls = ", ".join(f"{reason}: {count}" for reason, count in row["fallbacks"].items())
+        if row["state"] != "applied":
+            calls = f"{row['state']}: {row['reason']}"
         counts = f"{row['forward']} / {row['backward']} / {row['recomputed']}"
         lines.append(f"  {row['id']:24s}{counts:24s}{calls}".rstrip())
     if not on_gpu:
