@@ -103,7 +103,10 @@ class _Trainer:
         loss = self.loss(ids)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        # clip_grad_norm_ in two parts: its own norm of bf16 gradients is bf16, too coarse to compare.
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2.0, dtype=torch.float32)))
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, 1.0, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
