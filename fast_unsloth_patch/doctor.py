@@ -139,7 +139,7 @@ def _startup() -> Iterator[Check]:
 def _gpu() -> Iterator[Check]:
     import torch
 
-    from .ops._dispatch import unsupported
+    from .device.dispatch import unsupported
 
     if not torch.cuda.is_available():
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA in this torch"
@@ -178,7 +178,7 @@ def _patches() -> Iterator[Check]:
 def _ops() -> Iterator[Check]:
     import torch
 
-    from .ops._dispatch import unsupported
+    from .device.dispatch import unsupported
 
     device = "cuda" if torch.cuda.is_available() and unsupported(torch.empty(1, device="cuda")) is None else "cpu"
     dtypes = (torch.bfloat16, torch.float32) if device == "cuda" else (torch.float32,)
@@ -200,7 +200,7 @@ class OpCase(NamedTuple):
 def _check_op(case: OpCase, device: str, dtype: torch.dtype) -> Check:
     import torch
 
-    from .ops._dispatch import use_triton
+    from .device.dispatch import use_triton
 
     name = str(dtype).removeprefix("torch.")
     start = time.perf_counter()

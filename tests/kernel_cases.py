@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 
 from fast_unsloth_patch import ops
-from fast_unsloth_patch.ops import _launch
+from fast_unsloth_patch.device import launch as _launch
 from fast_unsloth_patch.ops.dropout import dropout_bits
 from fast_unsloth_patch.ops.linear_cross_entropy import cross_entropy_chunk
 from fast_unsloth_patch.ops.lora_linear import Adapter, Projection, lora_linear

@@ -1,4 +1,4 @@
-"""The arrows of DESIGN section 2, read from the source: registry -> install -> patches -> ops -> weights, never up."""
+"""The arrows of the design, read from the source: registry -> install -> patches -> ops -> weights -> device."""
 
 from __future__ import annotations
 
@@ -49,16 +49,17 @@ def offending(path: Path, packages: set[str], ours: set[str]) -> list[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_arrows_point_downwards(path):
     where = storey(path)
-    if where in ("ops", "weights", "reference"):
+    if where in ("ops", "weights", "reference", "device"):
         packages = {"transformers", "peft", "wrapt", "accelerate", "trl", "bitsandbytes", "gptqmodel", "liger_kernel"}
-        ours = MECHANISM | {"patches", "status", "switch"} | ({"ops"} if where != "ops" else set())
+        above = {"ops": set(), "weights": {"ops"}, "reference": {"ops", "weights", "device"}}
+        ours = MECHANISM | {"patches", "status", "switch"} | above.get(where, {"ops", "weights", "reference"})
         assert offending(path, packages, ours) == []
     elif where == "patches":
         assert offending(path, {"wrapt"}, MECHANISM) == []
     elif path.name not in COMMANDS:
         # The mechanism knows the patches by the strings of the registry alone.
         packages = {"transformers", "peft", "triton", "trl", "accelerate"}
-        assert offending(path, packages, {"patches", "ops", "weights", "reference"}) == []
+        assert offending(path, packages, {"patches", "ops", "weights", "reference", "device"}) == []
         if path.name != "install.py":
             assert offending(path, {"wrapt"}, set()) == []
 

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("triton")
 import kernel_cases
 
-from fast_unsloth_patch.ops import _launch
+from fast_unsloth_patch.device import launch as _launch
 
 MAIN = 90
 

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fast_unsloth_patch.ops import _dispatch, _launch
-from fast_unsloth_patch.ops._launch import Config, Limits, device_limits, launch, pick, target_limits
+from fast_unsloth_patch.device import dispatch as _dispatch
+from fast_unsloth_patch.device import launch as _launch
+from fast_unsloth_patch.device.launch import Config, Limits, device_limits, launch, pick, target_limits
 
 
 class FakeCompiled:
@@ -299,7 +300,9 @@ def test_without_triton_the_ops_import_and_run_their_reference(run_python):
 import sys
 sys.modules["triton"] = None
 import torch
-from fast_unsloth_patch.ops import _dispatch, _launch, rms_norm, rope, swiglu
+from fast_unsloth_patch.device import dispatch as _dispatch
+from fast_unsloth_patch.device import launch as _launch
+from fast_unsloth_patch.ops import rms_norm, rope, swiglu
 assert not _launch.HAS_TRITON
 x = torch.randn(2, 8, requires_grad=True)
 assert not _dispatch.use_triton(x) and _dispatch.unsupported(x) is None

@@ -233,7 +233,7 @@ def test_interpreter(run_python):
     code = """
         import torch
         from fast_unsloth_patch.ops import linear_cross_entropy as op
-        from fast_unsloth_patch.ops._dispatch import use_triton
+        from fast_unsloth_patch.device.dispatch import use_triton
         from tests.test_linear_cross_entropy import check, operands
 
         assert use_triton(torch.zeros(1))

@@ -10,8 +10,8 @@ import os
 import pytest
 import torch
 
+from fast_unsloth_patch.device.dispatch import use_triton
 from fast_unsloth_patch.ops import rms_norm as module
-from fast_unsloth_patch.ops._dispatch import use_triton
 from fast_unsloth_patch.ops.rms_norm import rms_norm
 from fast_unsloth_patch.reference import rms_norm_ref
 from fast_unsloth_patch.status import Tally, tally

@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 
+from fast_unsloth_patch.device.dispatch import use_triton
 from fast_unsloth_patch.ops import rope as module
-from fast_unsloth_patch.ops._dispatch import use_triton
 from fast_unsloth_patch.ops.rope import rope, rope_bwd, rope_fwd
 from fast_unsloth_patch.reference import rope_ref
 from fast_unsloth_patch.status import tally

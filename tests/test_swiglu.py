@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 
+from fast_unsloth_patch.device.dispatch import use_triton
 from fast_unsloth_patch.ops import swiglu as module
-from fast_unsloth_patch.ops._dispatch import use_triton
 from fast_unsloth_patch.ops.swiglu import swiglu, swiglu_bwd, swiglu_fwd
 from fast_unsloth_patch.reference import swiglu_ref
 from fast_unsloth_patch.status import tally

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._launch import jit, tl
+from ..device.launch import jit, tl
 
 
 @jit

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ._dispatch import use_triton
+from ..device.dispatch import use_triton
 from .dropout import draw_seed, dropout_bits
 from .low_rank import MAX_SLOTS, Layout, Siblings, by_library, down, expand, layout_of, mm_wide, outer, pack
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import torch
 
+from ..device.launch import jit, launch, tl
 from ..reference.lora import unpack_dropout_bits
-from ._launch import jit, launch, tl
 
 _WORDS_PER_PROGRAM = 512
 

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ._dispatch import use_triton
-from ._launch import jit, launch, tl
+from ..device.dispatch import use_triton
+from ..device.launch import jit, launch, tl
 
 # Logits of one chunk. At 8192 x 128256 in bf16 it gives 4 chunks of 2048 rows: enough rows for the three GEMMs to run
 # at full speed (2048 x 4096 outputs over K = 128256 are two waves of tiles on an H200), and less than training has free

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch.autograd import Function
 
+from ..device.dispatch import use_triton
+from ..device.launch import jit, launch, tl
 from ._autograd import once_differentiable
-from ._dispatch import use_triton
-from ._launch import jit, launch, tl
 from ._siblings import (
     TENSORS,
     Low,

@@ -29,8 +29,8 @@ from typing import NamedTuple
 
 import torch
 
-from ._dispatch import use_triton
-from ._launch import device_limits, launch
+from ..device.dispatch import use_triton
+from ..device.launch import device_limits, launch
 from ._low_rank_kernels import down_kernel, expand_kernel, outer_kernel, pack_kernel
 from .dropout import apply_dropout_bits
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..device.dispatch import use_triton
+from ..device.launch import as_rows, device_limits, jit, launch, tl
 from ..reference.rms_norm import rms_norm_bwd_ref, rms_norm_fwd_ref
 from ._autograd import once_differentiable
-from ._dispatch import use_triton
-from ._launch import as_rows, device_limits, jit, launch, tl
 
 # A row lives in the registers of one program; beyond this they would only spill, and the reference runs instead.
 _MAX_H = 32768

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..device.dispatch import use_triton
+from ..device.launch import jit, launch, tl
 from ..reference.rope import rope_bwd_ref, rope_ref
 from ._autograd import once_differentiable
-from ._dispatch import use_triton
-from ._launch import jit, launch, tl
 
 
 @jit

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..device.dispatch import use_triton
+from ..device.launch import as_rows, jit, launch, tl
 from ..reference.swiglu import swiglu_bwd_ref, swiglu_ref
 from ._autograd import once_differentiable
-from ._dispatch import use_triton
-from ._launch import as_rows, jit, launch, tl
 
 _MAX_BLOCK = 1024
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..ops._dispatch import unsupported
+from ..device.dispatch import unsupported
 from ..switch import KEEP_STOCK_FLAG, stock_only
 
 _functorch_level = torch._C._functorch.peek_interpreter_stack

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._launch import HAS_TRITON, INTERPRETED
+from .launch import HAS_TRITON, INTERPRETED
 
 _MIN_CAPABILITY = (8, 0)
 # In the interpreter bfloat16 arithmetic works on bit patterns and is silently wrong.

@@ -4,7 +4,7 @@
 once per specialisation and afterwards calls the compiled handle directly.
 
 Every op module takes ``jit``, ``tl`` and ``triton`` from here, so that a missing Triton is dealt with in one place: the
-modules still import, ``HAS_TRITON`` is False and `_dispatch.use_triton` never chooses a kernel.
+modules still import, ``HAS_TRITON`` is False and `dispatch.use_triton` never chooses a kernel.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def _launch_slowly(
     num_stages: int,
 ) -> Any:
     if not HAS_TRITON:
-        raise RuntimeError("Triton is not installed: ask _dispatch.use_triton before launching a kernel")
+        raise RuntimeError("Triton is not installed: ask dispatch.use_triton before launching a kernel")
     rest = list(kernel.arg_names[len(args) :])
     if (rest != list(consts)) if isinstance(consts, dict) else (len(rest) != len(consts)):
         raise TypeError(f"after {len(args)} run-time arguments {kernel.__name__} takes {rest}, got constexprs {consts}")
