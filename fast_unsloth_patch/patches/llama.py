@@ -22,7 +22,7 @@ from ..ops.lora_qkv import lora_qkv
 from ..ops.rms_norm import rms_norm
 from ..status import tally
 from . import checkpointing, guards
-from .plan import Plan, children_plan
+from .plan import Plan, children_plan, holder_of
 
 _RMS_NORM = tally("llama.rms_norm")
 _ATTENTION = tally("llama.attention")
@@ -42,13 +42,13 @@ def rms_norm_forward(stock: Callable) -> Callable:
             _RMS_NORM.fall_back(reason)
             return stock(self, hidden_states)
         _RMS_NORM.hit(checkpointing.recomputing())
-        return rms_norm(hidden_states, self._parameters["weight"], self.variance_epsilon, tally=_RMS_NORM)
+        return rms_norm(hidden_states, holder_of(self, "weight")["weight"], self.variance_epsilon, tally=_RMS_NORM)
 
     return forward
 
 
 def _norm_weight_reason(module: nn.Module, x: torch.Tensor) -> str | None:
-    weight = module._parameters.get("weight")
+    weight = holder_of(module, "weight").get("weight")
     if weight is None:
         return "weight is no parameter"
     if type(weight) is not nn.Parameter and type(weight) is not torch.Tensor:

@@ -45,8 +45,9 @@ class _Inlined(NamedTuple):
 class _Leaf(NamedTuple):
     """Parameters of an ``nn.Linear`` that the ops read: a plain child, or base layer, A or B of a ``lora.Linear``."""
 
-    parameters: dict
+    holder: dict  # where the weight is found: the module's _parameters or, inside FSDP1, its __dict__
     weight: torch.Tensor
+    bias_holder: dict
     bias: torch.Tensor | None
     dtype: torch.dtype
 
@@ -166,10 +167,10 @@ def _holds(plan: Plan, state: dict, x: torch.Tensor) -> bool:
         for holder, key, module, kind, own, _ in plan.inlined:
             if holder[key] is not module or type(module) is not kind or "forward" in own:
                 return False
-        for parameters, weight, bias, dtype in plan.leaves:
+        for holder, weight, bias_holder, bias, dtype in plan.leaves:
             if (
-                parameters["weight"] is not weight
-                or parameters["bias"] is not bias
+                holder["weight"] is not weight
+                or bias_holder["bias"] is not bias
                 or weight.dtype is not dtype
                 or weight.get_device() != index
             ):
@@ -344,6 +345,18 @@ def _dropout_reason(dropout: nn.Module) -> str | None:
     return "dropout of everything" if _dropout_p(dropout.__dict__) >= 1.0 else None
 
 
+def holder_of(module: nn.Module, name: str) -> dict:
+    """The dict in which the attribute ``name`` of ``module``, a parameter, is found, in Python's order.
+
+    FSDP1 replaces the parameters of a gathered unit by plain tensors in ``__dict__``: from forward to backward with
+    ``use_orig_params=False``, and with True in the backward pass, where checkpointing recomputes. (In the forward pass
+    they are in ``_parameters`` besides.) A recompute that looked there alone would not take the path of its forward.
+    The replicas of ``nn.DataParallel`` have plain tensors too, and stay stock.
+    """
+    state = module.__dict__
+    return state if name in state and "_is_replica" not in state else state["_parameters"]
+
+
 def _add_leaf(plan: Plan, label: str, holder: dict, key: str, kind: str) -> _Leaf | str:
     """Check and add one ``nn.Linear``, ``holder[key]``; ``kind`` is "child", "base layer", "lora_A" or "lora_B"."""
     linear = holder[key]
@@ -351,8 +364,8 @@ def _add_leaf(plan: Plan, label: str, holder: dict, key: str, kind: str) -> _Lea
         return f"{kind} type {type(linear).__name__}"
     if nn.Linear.forward is not _LINEAR_FORWARD:
         return "nn.Linear.forward replaced"
-    parameters = linear.__dict__["_parameters"]
-    weight, bias = parameters.get("weight"), parameters.get("bias")
+    weight_holder, bias_holder = holder_of(linear, "weight"), holder_of(linear, "bias")
+    weight, bias = weight_holder.get("weight"), bias_holder.get("bias")
     if weight is None:
         return "weight is no parameter"
     for tensor in (weight, bias):
@@ -369,7 +382,7 @@ def _add_leaf(plan: Plan, label: str, holder: dict, key: str, kind: str) -> _Lea
         return reason
     if bias is not None:
         plan.biases.append((bias, bias.dtype))
-    leaf = _Leaf(parameters, weight, bias, weight.dtype)
+    leaf = _Leaf(weight_holder, weight, bias_holder, bias, weight.dtype)
     plan.leaves.append(tuple(leaf))
     return leaf
 
