@@ -351,6 +351,16 @@ def test_operands_that_do_not_fit_are_named():
         lora_qkv(torch.randn(1, 2, 24), p, p, p, torch.randn(1, 2, 6), torch.randn(1, 2, 6), 6)
 
 
+def test_parameters_written_to_between_forward_and_backward_are_noticed():
+    """As autograd notices it for saved tensors; they are not saved, for the sake of checkpointing's hooks."""
+    p = projection(16, 24, 4, device="cpu")
+    y = lora_linear(torch.randn(3, 24, requires_grad=True), p)
+    with torch.no_grad():
+        p.adapter.b.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_an_input_that_backward_does_not_read_is_not_kept():
     """Layers without adapter over frozen weights (the whole MLP, with PEFT's default targets) need no activation."""
     frozen = projection(16, 24, 0, device="cpu", train=False)
