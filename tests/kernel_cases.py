@@ -215,6 +215,21 @@ def _layers() -> Iterator[tuple[str, Layer]]:
     yield "head size 96", Layer(2048, hidden=3072, intermediate=8192, head_dim=96)
 
 
+def _two_adapter_dtypes(tokens: int, dropout: float) -> None:
+    """Autocast brings adapters of several dtypes together, so the siblings of one launch may have them."""
+
+    def adapted(n: int, k: int, dtype: torch.dtype) -> Projection:
+        adapter = Adapter(_meta(16, k, dtype=dtype), _meta(n, 16, dtype=dtype), 2.0, dropout)
+        return Projection(_meta(n, k, dtype=BF16), None, adapter)
+
+    x, angles = _meta(1, tokens, 4096, dtype=BF16), _meta(1, tokens, 128, dtype=BF16, grad=False)
+    q, k, v = adapted(4096, 4096, FP32), adapted(1024, 4096, BF16), adapted(1024, 4096, FP32)
+    out = lora_qkv(x, q, k, v, angles, angles, 128)
+    torch.autograd.backward(out, [torch.empty_like(o) for o in out])
+    mlp = lora_mlp(x, adapted(14336, 4096, FP32), adapted(14336, 4096, BF16), adapted(4096, 14336, BF16))
+    mlp.backward(torch.empty_like(mlp))
+
+
 def scenarios() -> Iterator[tuple[str, torch.dtype | None, Callable[[], None]]]:
     """Calls that between them choose every configuration: (what it is, autocast's dtype or None, the call)."""
     for name, layer in _layers():
@@ -223,6 +238,9 @@ def scenarios() -> Iterator[tuple[str, torch.dtype | None, Callable[[], None]]]:
         kind = str(dtype).removeprefix("torch.")
         yield f"8B, other ops, {kind}", None, lambda dtype=dtype: _others(2048, dtype, 4096, 14336, 128256)
         yield f"8B, rope, {kind}", None, lambda dtype=dtype: _rope(dtype, dtype, 32, 8, 128, 128)
+    for tokens, p in ((4096, 0.0), (512, 0.1)):
+        call = lambda tokens=tokens, p=p: _two_adapter_dtypes(tokens, p)  # noqa: E731
+        yield f"adapters of two dtypes, dropout {p}", BF16, call
     yield "other ops, small", None, lambda: _others(7, FP16, 64, 72, 100)
     yield "the widest norm", None, lambda: _others(7, FP32, 32768, 72, 100)
     yield "partial rope", None, lambda: _rope(FP16, FP32, 24, 3, 80, 32)

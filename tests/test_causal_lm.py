@@ -568,11 +568,12 @@ def test_trainer(options, tmp_path, computed):
     before = forwards()
     with patched(LOSS):
         fast_losses, fast_parameters = _train(tmp_path / "fast", **options)
-    tolerance = 2e-2 if "bf16" in options else 1e-5
+    # bf16: 7.6e-5 and 1.6e-3 measured; three AdamW steps move the parameters by some 10 %.
+    loss_tolerance, tolerance = (1e-3, 5e-3) if "bf16" in options else (1e-5, 1e-5)
     # Label smoothing keeps the labels from the model, so there is no loss to compute.
     assert forwards() - before == (0 if "label_smoothing_factor" in options else 9)
     assert computed.n == 0
-    assert fast_losses == pytest.approx(losses, rel=tolerance)
+    assert fast_losses == pytest.approx(losses, rel=loss_tolerance)
     assert all(distance(a, b) < tolerance for a, b in zip(fast_parameters, parameters))
 
 

@@ -195,6 +195,9 @@ def _add_and_rotate(y, u, group, ranks, cos, sin, shape, heads, head_dim, rotate
         at += present
     filler = next((t for t in b if t is not y), y)
     b = [filler if t is y else t for t in b]
+    if len({t.dtype for t in b}) > 1:
+        # The kernel picks one of three pointers, so they are of one type; it would round them to u's dtype anyway.
+        b = [t.to(u.dtype) for t in b]
     slots = max((rank_slots(r) for r in ranks), default=16)
     half = head_dim // 2
     args = (

@@ -7,7 +7,7 @@
 ============  ======================================  ==========================================================
 
 Each reads or writes one activation-sized tensor once and everything else is r wide, so all are bound by memory. There
-are two ways to run them, and the measured choice (benchmarks/results) is:
+are two ways to run them, and the measured choice (benchmarks/results/h200-notes.md) is:
 
 * **Library GEMMs over packed adapters** where nothing drops out, all operands have one dtype and the device is the
   limit: `pack` rounds the adapters of a group to the compute dtype, side by side, in one launch, and cuBLAS does the
