@@ -127,6 +127,24 @@ PATCHES: tuple[Patch, ...] = (
         parameters=("self", "x", "args", "kwargs"),
         summary="a LoRA linear of any model as one op",
     ),
+    Patch(
+        id="peft.linear4bit",
+        module="peft.tuners.lora.bnb",
+        target="Linear4bit.forward",
+        replacement=f"{_PATCHES}.peft_linear:linear4bit_forward",
+        requires=("torch", "peft"),
+        parameters=("self", "x", "args", "kwargs"),
+        summary="the same over bitsandbytes' NF4 and FP4 weights",
+    ),
+    Patch(
+        id="peft.gptq",
+        module="peft.tuners.lora.gptq",
+        target="GPTQLoraLinear.forward",
+        replacement=f"{_PATCHES}.peft_linear:gptq_forward",
+        requires=("torch", "peft"),
+        parameters=("self", "x"),
+        summary="the same over gptqmodel's GPTQ weights",
+    ),
 )
 
 

@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 
-from fast_unsloth_patch import ops
+from fast_unsloth_patch import ops, weights
 from fast_unsloth_patch.device import launch as _launch
 from fast_unsloth_patch.ops.dropout import dropout_bits
 from fast_unsloth_patch.ops.linear_cross_entropy import cross_entropy_chunk
@@ -29,9 +29,12 @@ from fast_unsloth_patch.ops.lora_qkv import lora_qkv
 from fast_unsloth_patch.ops.rms_norm import rms_norm
 from fast_unsloth_patch.ops.rope import rope
 from fast_unsloth_patch.ops.swiglu import swiglu, swiglu_bwd
+from fast_unsloth_patch.weights.gptq import GPTQWeight
+from fast_unsloth_patch.weights.nf4 import Nested, Nf4Weight
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-_POINTERS = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+_POINTERS = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32"}
+_POINTERS |= {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
 
 
 class Case(NamedTuple):
@@ -58,8 +61,9 @@ class Case(NamedTuple):
 
 
 def op_modules() -> Iterator[Any]:
-    for info in pkgutil.iter_modules(ops.__path__):
-        yield importlib.import_module(f"{ops.__name__}.{info.name}")
+    for package in (ops, weights):
+        for info in pkgutil.iter_modules(package.__path__):
+            yield importlib.import_module(f"{package.__name__}.{info.name}")
 
 
 def _as_case(origin: str, kernel: Any, args: Any, consts: Any, options: dict[str, int]) -> Case:
@@ -139,6 +143,26 @@ class Layer(NamedTuple):
     kv_heads: int = 8
     head_dim: int = 128
     bias: bool = False
+    packed: str = ""  # "nf4", "gptq": the base weights
+    compute: torch.dtype = BF16  # what an NF4 layer computes in
+    x: torch.dtype | None = None  # the input's dtype, by default that of the weights
+
+
+def _weight(n: int, k: int, layer: Layer) -> Any:
+    if not layer.packed:
+        return _meta(n, k, dtype=layer.dtype, grad=False)
+    empty = functools.partial(torch.empty, device="meta")
+    if layer.packed == "nf4":
+        nested = Nested(empty(-(-n * k // 64 // 256)), empty(256), empty(1), 256)
+        packed, absmax = empty(n * k // 2, dtype=torch.uint8), empty(n * k // 64, dtype=torch.uint8)
+        device = torch.device("meta")
+        return Nf4Weight(
+            packed, absmax, nested, empty(16), "nf4", 64, (n, k), BF16, layer.compute, device, direct=True
+        )  # fmt: skip
+    groups = k // 128
+    zeros = empty(groups, n // 8, dtype=torch.int32)
+    scales, order = empty(groups, n, dtype=FP16), torch.arange(k, dtype=torch.int32) // 128
+    return GPTQWeight(empty(k // 8, n, dtype=torch.int32), zeros, scales, order, bits=4, shape=(n, k))
 
 
 def run_layer(layer: Layer) -> None:
@@ -153,11 +177,15 @@ def run_layer(layer: Layer) -> None:
             lora_bias = _meta(n, dtype=layer.adapters) if layer.bias else None
             a, b = _meta(rank, k, dtype=layer.adapters), _meta(n, rank, dtype=layer.adapters)
             adapter = Adapter(a, b, 2.0, layer.dropout, lora_bias)
-        return Projection(_meta(n, k, dtype=layer.dtype, grad=False), bias, adapter)
+        return Projection(_weight(n, k, layer), bias, adapter)
 
     sizes = (queries, h), (keys, h), (keys, h), (h, queries), (i, h), (i, h), (h, i)
     q, k, v, o, gate, up, down = (projection(*size, rank) for size, rank in zip(sizes, layer.ranks, strict=True))
-    x = _meta(1, t, h, dtype=layer.dtype)
+    x = _meta(1, t, h, dtype=layer.x or layer.dtype)
+    if layer.autocast is None and layer.x not in (None, layer.compute):
+        # Such layers are not fused: see patches.packed.
+        lora_linear(lora_linear(lora_linear(x, q), o), gate).sum().backward()
+        return
     cos, sin = (_meta(1, t, d, dtype=layer.autocast or layer.dtype, grad=False) for _ in range(2))
     out = lora_qkv(x, q, k, v, cos, sin, d)
     attended = out[0] + torch.cat([out[1] + out[2]] * (layer.heads // layer.kv_heads), 1)
@@ -210,6 +238,14 @@ def _layers() -> Iterator[tuple[str, Layer]]:
     yield "adapters on q, v, up", large._replace(ranks=(16, 0, 16, 0, 0, 16, 0))
     yield "no adapter", large._replace(ranks=(0,) * 7)
     yield "biases", Layer(512, bias=True)
+    for packed in ("nf4", "gptq"):
+        yield f"8B, {packed}", large._replace(packed=packed)
+        yield f"8B, {packed}, few tokens, dropout", Layer(512, packed=packed, dropout=0.1)
+    # As prepare_model_for_kbit_training leaves them: with autocast, without, and with bitsandbytes' default.
+    yield "fp32 round nf4", masked._replace(packed="nf4", x=FP32)
+    yield "fp32 round nf4, no autocast", masked._replace(packed="nf4", x=FP32, autocast=None)
+    yield "fp32 round nf4, no autocast, no dropout", large._replace(packed="nf4", x=FP32, autocast=None)
+    yield "bf16 round nf4 in fp32", masked._replace(packed="nf4", x=BF16, compute=FP32, autocast=None)
     yield "1B", Layer(2048, hidden=2048, intermediate=8192, head_dim=64)
     yield "head size 80", Layer(2048, hidden=2560, intermediate=6912, head_dim=80, kv_heads=32)
     yield "head size 96", Layer(2048, hidden=3072, intermediate=8192, head_dim=96)

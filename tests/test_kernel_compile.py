@@ -1,4 +1,4 @@
-"""Every kernel of ops/, as the ops launch it, compiles for every kind of chip and fits its memory.
+"""Every kernel of ops/ and weights/, as the ops launch it, compiles for every kind of chip and fits its memory.
 
 No GPU is needed: Triton builds a cubin for any target, and `kernel_cases` says what to build. Everything is built for
 sm_90; for the other chips one case of each kernel in 16 bits and in fp32, the one that takes the most shared memory.

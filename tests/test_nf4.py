@@ -280,12 +280,14 @@ def test_bad_buffer_is_named(out):
 def from_bitsandbytes(functional, shape, blocksize, quant_type, nested, storage, stored, device):
     values = torch.randn(shape, device=device).to(stored)
     try:
-        return functional.quantize_4bit(
+        packed, state = functional.quantize_4bit(
             values, blocksize=blocksize, quant_type=quant_type, compress_statistics=nested, quant_storage=storage
         )
     except RuntimeError as error:  # bytes that do not fill the storage dtype: it cannot make such a weight either
         assert "divisible" in str(error)
         return None
+    # On CUDA (0.50.2) the storage is rounded down, and the last values lie outside it.
+    return (packed, state) if 2 * packed.nbytes >= values.numel() else None
 
 
 def theirs(functional, packed, state):
@@ -362,7 +364,6 @@ def recorded(call):
     with (
         mock.patch.object(nf4, "launch", record),
         mock.patch.object(nf4, "use_triton", lambda t: True),
-        mock.patch.dict(kernel_cases._POINTERS, {torch.uint8: "*u8"}),
     ):
         call()
         return [kernel_cases._as_case("8B", *launch) for launch in found]

@@ -6,12 +6,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 
 from ..device.dispatch import use_triton
+from ..weights import FrozenWeight, dequantize_stacked
+from ..weights.dense import DenseWeight
 from .dropout import draw_seed, dropout_bits
 from .low_rank import MAX_SLOTS, Layout, Siblings, by_library, down, expand, layout_of, mm_wide, outer, pack
 
@@ -38,27 +41,32 @@ class Projection(NamedTuple):
     """A linear layer and the adapter on it, if any.
 
     Args:
-        weight: [N, K], frozen or trainable.
+        weight: [N, K]; a tensor, frozen or trainable, or a packed weight.
         bias: [N], or None.
         adapter: None for a layer without LoRA.
     """
 
-    weight: torch.Tensor
+    weight: torch.Tensor | FrozenWeight
     bias: torch.Tensor | None
     adapter: Adapter | None
 
 
 class Dtypes(NamedTuple):
-    """Compute dtypes: of the base GEMM (and of y), and of the low-rank branch."""
+    """Compute dtypes: of the base GEMM, of the low-rank branch, of x as it is kept (and dy, dx), and of y.
+
+    The last two differ from ``base`` only round a packed weight whose layer computes in a dtype of its own.
+    """
 
     base: torch.dtype
     low: torch.dtype
+    x: torch.dtype
+    y: torch.dtype
 
 
 class Operands(NamedTuple):
     """One projection inside a Function: tensors only, the rest by value."""
 
-    weight: torch.Tensor
+    weight: torch.Tensor | FrozenWeight
     bias: torch.Tensor | None
     a: torch.Tensor | None
     b: torch.Tensor | None
@@ -70,15 +78,32 @@ class Operands(NamedTuple):
 def resolve_dtypes(x: torch.Tensor, *projections: Projection) -> Dtypes:
     """Under autocast all is computed in its dtype; without, the base GEMM in x's and the low-rank branch in the
     adapters'.
+
+    A packed weight may bring its own compute dtype (bitsandbytes): without autocast that is the base GEMM's, and with
+    and without it the last projection's y is cast to x's dtype.
     """
-    kind = x.device.type
+    kind, own = x.device.type, None
+    for projection in projections:
+        if not isinstance(projection.weight, torch.Tensor):
+            own = projection.weight.compute_dtype
     if torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(kind)
-        return Dtypes(dtype, dtype)
-    for projection in projections:
-        if projection.adapter is not None:
-            return Dtypes(x.dtype, projection.adapter.a.dtype)
-    return Dtypes(x.dtype, x.dtype)
+        return Dtypes(dtype, dtype, dtype, dtype if own is None else x.dtype)
+    base = x.dtype if own is None else own
+    low = next((p.adapter.a.dtype for p in projections if p.adapter is not None), base)
+    return Dtypes(base, low, x.dtype, x.dtype)
+
+
+def one_dtype(x: torch.Tensor, *projections: Projection) -> Dtypes:
+    """`resolve_dtypes` for an op whose intermediates are of one dtype.
+
+    Raises:
+        ValueError: a packed weight computes in another dtype than x's, without autocast.
+    """
+    dtypes = resolve_dtypes(x, *projections)
+    if dtypes.base is not dtypes.x:
+        raise ValueError(f"a packed weight computes in {dtypes.base}, expected the input's dtype, {dtypes.x}")
+    return dtypes
 
 
 _WIDE = 8192
@@ -86,8 +111,8 @@ _WIDE = 8192
 TENSORS = 5
 
 
-def flatten(projection: Projection) -> tuple[torch.Tensor | None, ...]:
-    """The tensors of a projection as Function arguments."""
+def flatten(projection: Projection) -> tuple[Any, ...]:
+    """The weight and the tensors of a projection as Function arguments."""
     weight, bias, adapter = projection
     if adapter is None:
         return weight, bias, None, None, None
@@ -100,13 +125,14 @@ def factors(projection: Projection) -> tuple[float, float]:
     return (0.0, 0.0) if adapter is None else (adapter.scaling, adapter.dropout)
 
 
-def operands(tensors: tuple[torch.Tensor | None, ...], values: tuple[tuple[float, float], ...]) -> list[Operands]:
+def operands(tensors: tuple[Any, ...], values: tuple[tuple[float, float], ...]) -> list[Operands]:
     """Inverse of ``flatten`` and ``factors`` for several projections."""
-    return [Operands(*tensors[i * TENSORS : (i + 1) * TENSORS], *value) for i, value in enumerate(values)]  # type: ignore[call-arg,arg-type]
+    return [Operands(*tensors[i * TENSORS : (i + 1) * TENSORS], *value) for i, value in enumerate(values)]  # type: ignore[call-arg]
 
 
-def _versions(tensors: tuple[torch.Tensor | None, ...]) -> tuple[int, ...]:
-    return tuple([t._version for t in tensors if t is not None and not t.is_inference()])
+def _versions(tensors: tuple[Any, ...]) -> tuple[int, ...]:
+    # A packed weight has none: bitsandbytes and gptqmodel do not ask either.
+    return tuple([t._version for t in tensors if isinstance(t, torch.Tensor) and not t.is_inference()])
 
 
 class Parameters(NamedTuple):
@@ -117,14 +143,14 @@ class Parameters(NamedTuple):
     before backward, is checked here.
     """
 
-    tensors: tuple[torch.Tensor | None, ...]
+    tensors: tuple[Any, ...]
     versions: tuple[int, ...]
 
     @classmethod
-    def of(cls, tensors: tuple[torch.Tensor | None, ...]) -> Parameters:
+    def of(cls, tensors: tuple[Any, ...]) -> Parameters:
         return cls(tensors, _versions(tensors))
 
-    def unchanged(self) -> tuple[torch.Tensor | None, ...]:
+    def unchanged(self) -> tuple[Any, ...]:
         """The parameters; raises if one was modified in place since the forward, as autograd does for saved tensors."""
         if _versions(self.tensors) != self.versions:
             raise RuntimeError(
@@ -215,23 +241,50 @@ def effective_bias(op: Operands, dtype: torch.dtype) -> torch.Tensor | None:
     return (bias if op.bias is None else op.bias + bias).to(dtype)
 
 
-def base_linear(x: torch.Tensor, op: Operands, y: torch.Tensor, *, accumulate: bool) -> torch.Tensor:
-    """``y (+)= x W^T + bias`` in y's dtype, written into y."""
-    weight = op.weight.to(y.dtype).t()
-    bias = effective_bias(op, y.dtype)
+def base_values(
+    group: list[Operands], dtype: torch.dtype, *, forward: bool
+) -> tuple[Sequence[torch.Tensor], torch.Tensor | None]:
+    """The base weights' values in ``dtype``: each [N, K], and all one under another where packed ones were unpacked.
+
+    Nobody keeps them: the forward's are gone when it has ended, backward unpacks anew.
+    """
+    weights = [op.weight for op in group]
+    if all([isinstance(w, torch.Tensor) for w in weights]):
+        return [w.to(dtype) for w in weights], None  # type: ignore[union-attr]
+    frozen = [DenseWeight(w) if isinstance(w, torch.Tensor) else w for w in weights]
+    if len({w.k_contiguous for w in frozen}) > 1:
+        return [w.dequantize(dtype=dtype, direct=forward and w.direct) for w in frozen], None
+    stacked = dequantize_stacked(frozen, dtype=dtype, forward=forward)
+    return stacked.split([w.shape[0] for w in frozen]), stacked
+
+
+def base_value(op: Operands, dtype: torch.dtype, *, forward: bool) -> torch.Tensor:
+    """The values [N, K] of one base weight in ``dtype``; see `base_values`."""
+    weight = op.weight
+    if isinstance(weight, torch.Tensor):
+        return weight.to(dtype)
+    return weight.dequantize(dtype=dtype, direct=forward and weight.direct)
+
+
+def _base_gemm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, *, accumulate: bool
+) -> torch.Tensor:
+    """``y (+)= x W^T + bias``, written into y."""
     if accumulate:
-        y.addmm_(x, weight)
+        y.addmm_(x, weight.t())
         return y if bias is None else y.add_(bias)
-    return torch.mm(x, weight, out=y) if bias is None else torch.addmm(bias, x, weight, out=y)
+    return torch.mm(x, weight.t(), out=y) if bias is None else torch.addmm(bias, x, weight.t(), out=y)
 
 
 def linear_forward(x: torch.Tensor, op: Operands, u: torch.Tensor | None, dtypes: Dtypes) -> torch.Tensor:
     """One projection of x [T, K] with its u [T, slots] -> [T, N]."""
-    y = torch.empty((x.shape[0], op.weight.shape[0]), dtype=dtypes.base, device=x.device)
-    if u is None:
-        return base_linear(x, op, y, accumulate=False)
-    add_update(u, op, dtypes.low, y)
-    return base_linear(x, op, y, accumulate=True)
+    weight, bias = base_value(op, dtypes.base, forward=True), effective_bias(op, dtypes.base)
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=dtypes.base, device=x.device)
+    x = x.to(dtypes.base)
+    if u is None or dtypes.y is not dtypes.base:
+        y = _base_gemm(x, weight, bias, y, accumulate=False).to(dtypes.y)
+        return y if u is None else add_update(u, op, dtypes.low, y, add=True)
+    return _base_gemm(x, weight, bias, add_update(u, op, dtypes.low, y), accumulate=True)
 
 
 def siblings_forward(
@@ -239,20 +292,27 @@ def siblings_forward(
 ) -> None:
     """All projections of x [T, K] side by side into y [T, sum of N]; without updates if a kernel adds them later."""
     place, start, at = layout(group), 0, 0
-    for op in group:
-        part = y[:, start : start + op.weight.shape[0]]
-        start += part.shape[1]
+    weights, stacked = base_values(group, dtypes.base, forward=True)
+    biases = [effective_bias(op, dtypes.base) for op in group]
+    if stacked is not None and updates_later and not any([bias is not None for bias in biases]):
+        torch.mm(x, stacked.t(), out=y)
+        return
+    for op, weight, bias in zip(group, weights, biases):
+        part = y[:, start : start + weight.shape[0]]
+        start += weight.shape[0]
         first = op.a is not None and not updates_later
         if first:
             u = low.u[:, place.starts[at] : place.starts[at] + place.slots[at]]  # type: ignore[index]
             add_update(u, op, dtypes.low, part)
             at += 1
-        base_linear(x, op, part, accumulate=first)
+        _base_gemm(x, weight, bias, part, accumulate=first)
 
 
-def add_update(u: torch.Tensor, op: Operands, dtype: torch.dtype, y: torch.Tensor) -> None:
-    """``y = u B^T`` for one adapter, for a GEMM to accumulate on."""
-    expand(u, Siblings((op.b.contiguous(),), (1.0,), by_rows=True), dtype, y)  # type: ignore[union-attr]
+def add_update(
+    u: torch.Tensor, op: Operands, dtype: torch.dtype, y: torch.Tensor, *, add: bool = False
+) -> torch.Tensor:
+    """``y (+)= u B^T`` for one adapter, written into y."""
+    return expand(u, Siblings((op.b.contiguous(),), (1.0,), by_rows=True), dtype, y, add=add)  # type: ignore[union-attr]
 
 
 def reads_input(needs: tuple[bool, ...]) -> bool:
@@ -287,8 +347,8 @@ def siblings_backward(
     u``; ``dW = dy^T x``.
 
     Args:
-        dy: [T, sum of N], the siblings' gradients side by side, in ``dtypes.base``.
-        x: [T, K] in ``dtypes.base``; None where ``reads_input`` is False.
+        dy: [T, sum of N], the siblings' gradients side by side, in ``dtypes.x``.
+        x: [T, K] in ``dtypes.x``; None where ``reads_input`` is False.
         low: what ``project_down`` gave.
         group: the siblings.
         masks: keep masks of the siblings that have an adapter, or None.
@@ -321,10 +381,22 @@ def siblings_backward(
     for i, op in enumerate(group):
         dy_i = dy[:, starts[i] : starts[i + 1]]
         grads[i].update(base_grads(dy_i, x, op, needs[i * TENSORS : (i + 1) * TENSORS]))
-        if need_dx:
-            weight = op.weight.to(dtypes.base)
-            dx = torch.mm(dy_i, weight) if dx is None else dx.addmm_(dy_i, weight)
+    if need_dx:
+        weights, stacked = base_values(group, dtypes.base, forward=False)
+        if stacked is not None:
+            dx = _add_base_dx(dx, dy, stacked, dtypes)
+        else:
+            for i, weight in enumerate(weights):
+                dx = _add_base_dx(dx, dy[:, starts[i] : starts[i + 1]], weight, dtypes)
     return dx, [OperandGrads(**g) for g in grads]
+
+
+def _add_base_dx(dx: torch.Tensor | None, dy: torch.Tensor, weight: torch.Tensor, dtypes: Dtypes) -> torch.Tensor:
+    """``dx + dy W``, written into dx if there is one."""
+    if dtypes.x is not dtypes.base:
+        part = torch.mm(dy.to(dtypes.base), weight).to(dtypes.x)
+        return part if dx is None else dx.add_(part)
+    return torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
 
 
 def _columns_of(dy: torch.Tensor, group: list[Operands], starts: list[int]) -> list[torch.Tensor]:
@@ -333,7 +405,7 @@ def _columns_of(dy: torch.Tensor, group: list[Operands], starts: list[int]) -> l
 
 def b_gradients(dy, u, group: list[Operands], starts: list[int], dtypes: Dtypes) -> list[torch.Tensor]:
     """``dB_j = dy_j^T u_j``."""
-    if dtypes.base is not dtypes.low:
+    if dtypes.x is not dtypes.low:
         b = tuple([op.b.contiguous() for op in group])  # type: ignore[union-attr]
         return outer(dy, u, Siblings(b, (1.0,) * len(group), by_rows=True, starts=tuple(starts)), dtypes.low)
     place = layout(group)
@@ -375,7 +447,7 @@ def a_gradients(du, x, low: Low, group: list[Operands], masks, dtypes: Dtypes) -
 
 def _low_dx(du, x, low: Low, group: list[Operands], masks, dtypes: Dtypes) -> torch.Tensor:
     """``sum_j c_j (du_j A_j) * m_j`` [T, K], for the base GEMMs to accumulate on."""
-    dx = torch.empty((du.shape[0], group[0].a.shape[1]), dtype=dtypes.base, device=du.device)  # type: ignore[union-attr]
+    dx = torch.empty((du.shape[0], group[0].a.shape[1]), dtype=dtypes.x, device=du.device)  # type: ignore[union-attr]
     if low.packed is None:
         return expand(du, on_input(group, masks), dtypes.low, dx)
     # The packed A's carry the scaling, which du has already.

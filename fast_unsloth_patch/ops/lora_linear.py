@@ -47,7 +47,7 @@ class LoraLinear(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, lora_bias, values, dtypes, seed, tally):
         (op,) = operands((weight, bias, a, b, lora_bias), (values,))
-        x2d = rows(x, dtypes.base)
+        x2d = rows(x, dtypes.x)
         masks = draw_masks(x2d, [op], seed) if a is not None else None
         low = project_down(x2d, [op], masks, dtypes.low)
         y = linear_forward(x2d, op, low.u, dtypes)
@@ -67,7 +67,7 @@ class LoraLinear(Function):
         group = operands(ctx.parameters.unchanged(), (ctx.values,))
         with without_autocast(dy):
             dx, (grads,) = siblings_backward(
-                rows(dy, ctx.dtypes.base),
+                rows(dy, ctx.dtypes.x),
                 x,
                 Low(u, packed),
                 group,
@@ -85,7 +85,8 @@ def lora_linear(x: torch.Tensor, proj: Projection, *, tally: Any = None) -> torc
     """``x W^T + bias + scaling * (dropout(x) A^T) B^T``.
 
     Under autocast everything is computed in the autocast dtype. Without it the base GEMM runs in x's dtype and the
-    low-rank branch in the adapter's, as in PEFT; the sum is rounded to the base dtype once.
+    low-rank branch in the adapter's, as in PEFT; the sum is rounded to the base dtype once. A packed weight whose layer
+    computes in a dtype of its own (bitsandbytes) has its base GEMM in that without autocast.
 
     Args:
         x: [..., K].
@@ -93,7 +94,7 @@ def lora_linear(x: torch.Tensor, proj: Projection, *, tally: Any = None) -> torc
         tally: object with ``hit_backward()``, called once a backward.
 
     Returns:
-        [..., N] in the autocast dtype, or in x's.
+        [..., N] in the autocast dtype, or in x's; always in x's where the weight has a compute dtype of its own.
 
     Raises:
         ValueError: if the last dimension of x is not K.

@@ -39,6 +39,7 @@ from ._siblings import (
     adapted,
     b_gradients,
     base_grads,
+    base_value,
     check_width,
     down_gradient,
     draw_masks,
@@ -47,10 +48,10 @@ from ._siblings import (
     keep_scale,
     linear_forward,
     on_input,
+    one_dtype,
     operands,
     project_down,
     reads_input,
-    resolve_dtypes,
     rows,
     seed_for,
     siblings_backward,
@@ -256,7 +257,7 @@ class LoraMLP(Function):
             if residual is not None:
                 y = y + residual if y.dtype is not residual.dtype else y.add_(residual)
         else:
-            dtype = dtypes.base if residual is None else torch.promote_types(dtypes.base, residual.dtype)
+            dtype = dtypes.y if residual is None else torch.promote_types(dtypes.y, residual.dtype)
             y = torch.zeros((), dtype=dtype, device=x.device).expand(*x.shape[:-1], op_down.weight.shape[0])
         # The same tensors whether or not the output was computed: a non-reentrant checkpoint compares forward and
         # recompute.
@@ -278,7 +279,7 @@ class LoraMLP(Function):
         d_residual = dy.to(ctx.residual_dtype) if needs[1] else None
         with without_autocast(gu):
             dy = rows(dy, dtypes.base)
-            dh = torch.mm(dy, op_down.weight.to(dtypes.base))
+            dh = torch.mm(dy, base_value(op_down, dtypes.base, forward=False))
             du = None
             if op_down.a is not None:
                 du = down_gradient(dy, [op_down], [0], dtypes)
@@ -343,10 +344,10 @@ def lora_mlp(
         tally: object with ``hit_backward()``, called once a backward.
 
     Returns:
-        [..., K] in the compute dtype of ``lora_linear`` (promoted with the residual's).
+        [..., K] in the dtype that ``lora_linear`` would give ``down``'s result (promoted with the residual's).
 
     Raises:
-        ValueError: if widths do not fit.
+        ValueError: if widths do not fit, or a packed weight computes in another dtype than x's without autocast.
     """
     check_width(x.shape[-1], gate, up)
     if gate.weight.shape != up.weight.shape or down.weight.shape[1] != gate.weight.shape[0]:
@@ -362,5 +363,5 @@ def lora_mlp(
         )
     return LoraMLP.apply(
         x, residual, *flatten(gate), *flatten(up), *flatten(down), (factors(gate), factors(up), factors(down)),
-        resolve_dtypes(x, gate, up, down), seed_for(x, gate, up, down), need_output, tally,
+        one_dtype(x, gate, up, down), seed_for(x, gate, up, down), need_output, tally,
     )  # fmt: skip

@@ -31,10 +31,10 @@ from ._siblings import (
     draw_masks,
     factors,
     flatten,
+    one_dtype,
     operands,
     project_down,
     reads_input,
-    resolve_dtypes,
     rows,
     seed_for,
     siblings_backward,
@@ -360,7 +360,7 @@ def lora_qkv(
         cos, sin = cos.contiguous(), sin.contiguous()
     out = LoraQKV.apply(
         x, cos, sin, *flatten(q), *flatten(k), *flatten(v), (factors(q), factors(k), factors(v)),
-        resolve_dtypes(x, q, k, v), head_dim, rotate, seed_for(x, q, k, v), tally,
+        one_dtype(x, q, k, v), head_dim, rotate, seed_for(x, q, k, v), tally,
     )  # fmt: skip
     if rotate:
         return out

@@ -24,11 +24,18 @@ from torch.nn.modules import module as _nn_module
 from torch.utils.hooks import RemovableHandle
 
 from ..ops.lora_linear import Adapter, Projection
+from . import packed
 
 _KEY = "_fast_unsloth_plan"
 _FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _AUTOCAST = frozenset((torch.bfloat16, torch.float16))
 _LINEAR_FORWARD = nn.Linear.forward
+# PEFT's LoRA layers whose forward is base + scaling B A dropout(x), over whichever base.
+_LORA_LAYERS = (
+    ("peft.tuners.lora.layer", "Linear"),
+    ("peft.tuners.lora.bnb", "Linear4bit"),
+    ("peft.tuners.lora.gptq", "GPTQLoraLinear"),
+)
 
 
 class _Inlined(NamedTuple):
@@ -53,7 +60,7 @@ class _Leaf(NamedTuple):
 
 
 class _Lora(NamedTuple):
-    """The state of a PEFT ``lora.Linear``: everything its forward would look at before it computes."""
+    """The state of a PEFT LoRA layer: everything its forward would look at before it computes."""
 
     state: dict | None  # its __dict__; None: the owner of the plan itself
     modules: dict
@@ -81,6 +88,7 @@ class Plan:
         "leaves",
         "lora",
         "modules",
+        "packed",
         "projections",
         "size",
     )
@@ -95,9 +103,10 @@ class Plan:
         self.autocast = _autocast_dtype(self.device_type)
         self.hook_epoch = RemovableHandle.next_id
         self.projections: list[Projection] = []
-        # Of the three kinds above, kept as plain tuples: those unpack three times as fast.
+        # Of the kinds above, kept as plain tuples: those unpack three times as fast.
         self.inlined: list[tuple] = []
         self.leaves: list[tuple] = []
+        self.packed: list[tuple] = []  # packed.Base
         self.biases: list[tuple[torch.Tensor, torch.dtype]] = []
         self.lora: list[tuple] = []
 
@@ -133,13 +142,13 @@ def children_plan(
 
 
 def self_plan(module: nn.Module, x: torch.Tensor) -> Plan | str:
-    """The plan of a ``lora.Linear`` that was called itself (so its own hooks have run); or the reason to run stock."""
+    """The plan of a PEFT LoRA layer that was called itself (so its own hooks have run); or the reason to run stock."""
     state = module.__dict__
     plan = state.get(_KEY)
     if plan is not None and _holds(plan, state, x):
         return plan
     plan = Plan(state["_modules"], x)
-    return _keep(state, plan, _add_lora(plan, "lora.Linear", state, owner=True) or _hooked(plan))
+    return _keep(state, plan, _add_lora(plan, "LoRA layer", state, owner=True) or _hooked(plan))
 
 
 def _keep(state: dict, plan: Plan, reason: str | None) -> Plan | str:
@@ -174,6 +183,9 @@ def _holds(plan: Plan, state: dict, x: torch.Tensor) -> bool:
                 or weight.dtype is not dtype
                 or weight.get_device() != index
             ):
+                return False
+        for holds, module, weight, known, _ in plan.packed:
+            if not holds(module, weight, known):
                 return False
         for own, own_modules, containers, active, absent, name, scaling, dropout, p in plan.lora:
             if own is None:
@@ -267,20 +279,26 @@ def _inline(plan: Plan, holder: dict, key: str, label: str) -> str | None:
 
 def _add_child(plan: Plan, name: str) -> str | None:
     child = plan.modules[name]
-    if type(child) is nn.Linear:
-        leaf = _add_leaf(plan, name, plan.modules, name, "child")
-        if isinstance(leaf, str):
-            return leaf
-        plan.projections.append(Projection(leaf.weight, leaf.bias, None))
-        return None
-    peft_layer = sys.modules.get("peft.tuners.lora.layer")
-    if peft_layer is None or type(child) is not peft_layer.Linear:
-        return f"child type {type(child).__name__}"
-    return _inline(plan, plan.modules, name, name) or _add_lora(plan, name, child.__dict__, owner=False)
+    if _is_lora_layer(child):
+        return _inline(plan, plan.modules, name, name) or _add_lora(plan, name, child.__dict__, owner=False)
+    base = _add_base(plan, name, plan.modules, name, "child", fused=True)
+    if isinstance(base, str):
+        return base
+    plan.projections.append(Projection(base.weight, base.bias, None))
+    return None
+
+
+def _is_lora_layer(module: nn.Module) -> bool:
+    kind = type(module)
+    for home, name in _LORA_LAYERS:
+        loaded = sys.modules.get(home)
+        if loaded is not None and kind is getattr(loaded, name, None):
+            return True
+    return False
 
 
 def _add_lora(plan: Plan, label: str, state: dict, *, owner: bool) -> str | None:
-    """Add the ``lora.Linear`` with this ``__dict__``, which may be the owner of the plan."""
+    """Add the LoRA layer with this ``__dict__``, which may be the owner of the plan."""
     if state["merged_adapters"]:
         return "merged"
     if state["_disable_adapters"]:
@@ -288,9 +306,13 @@ def _add_lora(plan: Plan, label: str, state: dict, *, owner: bool) -> str | None
     if not state["cast_input_dtype_enabled"]:
         return "input cast disabled"
     modules = state["_modules"]
-    base = _add_leaf(plan, label, modules, "base_layer", "base layer")
+    base = _add_base(plan, label, modules, "base_layer", "base layer", fused=not owner)
     if isinstance(base, str):
         return base
+    if "quant_linear_module" in modules:  # what the GPTQ layer calls: the base layer by its old name
+        if modules["quant_linear_module"] is not modules["base_layer"]:
+            return "base layer replaced"
+        _inline(plan, modules, "quant_linear_module", label)
     containers = (modules["lora_A"], modules["lora_B"], modules["lora_dropout"])
     a_modules, b_modules, dropouts = (container.__dict__["_modules"] for container in containers)
     # A list may be changed in place: keep a copy to compare with.
@@ -355,6 +377,21 @@ def holder_of(module: nn.Module, name: str) -> dict:
     """
     state = module.__dict__
     return state if name in state and "_is_replica" not in state else state["_parameters"]
+
+
+def _add_base(plan: Plan, label: str, holder: dict, key: str, kind: str, *, fused: bool) -> _Leaf | packed.Base | str:
+    """Check and add a base layer, ``holder[key]``: an ``nn.Linear`` or one with a packed weight."""
+    module = holder[key]
+    if type(module) is nn.Linear:
+        return _add_leaf(plan, label, holder, key, kind)
+    base = packed.describe(module, plan.dtype, plan.device, plan.autocast, fused=fused)
+    if base is None:
+        return f"{kind} type {type(module).__name__}"
+    reason = base if isinstance(base, str) else _inline(plan, holder, key, label)
+    if reason is not None:
+        return reason
+    plan.packed.append(tuple(base))
+    return base
 
 
 def _add_leaf(plan: Plan, label: str, holder: dict, key: str, kind: str) -> _Leaf | str:

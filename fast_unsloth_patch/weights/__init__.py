@@ -32,7 +32,19 @@ class FrozenWeight(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the layer computes in, and the dtype of the values unless another is asked for."""
+        """The dtype of the values unless another is asked for."""
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """What the layer computes in without autocast, its input cast there and its output back; None: in its input's
+        dtype, without casts.
+        """
+
+    @property
+    def direct(self) -> bool:
+        """Whether the layer's forward rounds the values once. (Its backward always takes them as `dequantize` does
+        without ``direct``.)
+        """
 
     @property
     def device(self) -> torch.device:
@@ -42,10 +54,13 @@ class FrozenWeight(Protocol):
     def k_contiguous(self) -> bool:
         """Which dimension of a buffer for the values has unit stride: K, else N. The other may have any."""
 
-    def dequantize(self, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """The values [N, K], in ``out`` if that is given.
+    def dequantize(
+        self, out: Tensor | None = None, dtype: torch.dtype | None = None, *, direct: bool = False
+    ) -> Tensor:
+        """The values [N, K], in ``out`` if that is given; ``direct``: rounded once, to the result's dtype.
 
-        A kind that can write several weights in one launch has a static ``dequantize_many(weights, outs)`` besides.
+        A kind that can write several weights in one launch has a static ``dequantize_many(weights, outs, direct=...)``
+        besides.
         """
 
     def identity(self) -> tuple[Hashable, ...]:
@@ -68,7 +83,11 @@ def check_outs(weights: Sequence[FrozenWeight], outs: Sequence[Tensor]) -> None:
 
 
 def dequantize_stacked(
-    weights: Sequence[FrozenWeight], out: Tensor | None = None, dtype: torch.dtype | None = None
+    weights: Sequence[FrozenWeight],
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    forward: bool = False,
 ) -> Tensor:
     """The values of weights with the same K, one under another: q, k, v or gate, up for one GEMM.
 
@@ -76,6 +95,7 @@ def dequantize_stacked(
         weights: of any kinds; neighbours of one kind are handed over together.
         out: [sum of N, K], or None for a new buffer.
         dtype: of a new buffer; default the first weight's.
+        forward: the values that the layers' own forward multiplies by, else those of their backward.
 
     Returns:
         The buffer.
@@ -94,12 +114,13 @@ def dequantize_stacked(
         out = out if first.k_contiguous else out.t()
     elif tuple(out.shape) != (n, k):
         raise WeightLayoutError(f"out: expected {[n, k]}, found {list(out.shape)}")
-    for kind, group in itertools.groupby(zip(weights, out.split(rows)), key=lambda pair: type(pair[0])):
+    alike = itertools.groupby(zip(weights, out.split(rows)), key=lambda pair: (type(pair[0]), pair[0].direct))
+    for (kind, direct), group in alike:
         pairs = list(group)
         together = getattr(kind, "dequantize_many", None)
         if together is not None:
-            together(*zip(*pairs))
+            together(*zip(*pairs), direct=forward and direct)
         else:
             for weight, part in pairs:
-                weight.dequantize(out=part)
+                weight.dequantize(out=part, direct=forward and direct)
     return out

@@ -1,4 +1,4 @@
-"""A frozen weight that is stored as it is used."""
+"""A frozen weight that is stored as it is used, for where one is among the siblings of packed ones."""
 
 from __future__ import annotations
 
@@ -33,6 +33,14 @@ class DenseWeight(NamedTuple):
         return self.tensor.dtype
 
     @property
+    def compute_dtype(self) -> None:
+        return None
+
+    @property
+    def direct(self) -> bool:
+        return False
+
+    @property
     def k_contiguous(self) -> bool:
         return True
 
@@ -40,7 +48,9 @@ class DenseWeight(NamedTuple):
     def device(self) -> torch.device:
         return self.tensor.device
 
-    def dequantize(self, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    def dequantize(
+        self, out: Tensor | None = None, dtype: torch.dtype | None = None, *, direct: bool = False
+    ) -> Tensor:
         """The tensor itself, without a copy, unless ``out`` or another dtype asks for one."""
         if out is None:
             return self.tensor.detach().to(dtype or self.tensor.dtype)

@@ -290,6 +290,14 @@ class GPTQWeight:
         return self.qweight.device
 
     @property
+    def compute_dtype(self) -> None:
+        return None
+
+    @property
+    def direct(self) -> bool:
+        return False  # of the kernels in training
+
+    @property
     def k_contiguous(self) -> bool:
         return False
 

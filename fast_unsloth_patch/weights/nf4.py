@@ -185,13 +185,20 @@ class Nf4Weight(NamedTuple):
     stored_dtype: torch.dtype
     dtype: torch.dtype
     device: torch.device
+    direct: bool  # bitsandbytes' forward (not its backward) does without the rounding to stored_dtype
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.dtype
 
     @property
     def k_contiguous(self) -> bool:
         return True
 
     @classmethod
-    def of(cls, packed: Tensor, quant_state: Any, dtype: torch.dtype | None = None) -> Nf4Weight:
+    def of(
+        cls, packed: Tensor, quant_state: Any, dtype: torch.dtype | None = None, *, direct: bool = False
+    ) -> Nf4Weight:
         """The description of ``packed``, the parameter or its data.
 
         Args:
@@ -199,6 +206,7 @@ class Nf4Weight(NamedTuple):
             quant_state: an object with bitsandbytes' ``absmax, shape, code, blocksize, quant_type, dtype, offset,
                 state2, nested``.
             dtype: what the layer computes in; default the dtype that the weight had.
+            direct: whether the layer's forward rounds once: bitsandbytes >= 0.50 (``gemm_4bit``).
 
         Raises:
             WeightLayoutError: with the text of `layout_problem`.
@@ -222,6 +230,7 @@ class Nf4Weight(NamedTuple):
             quant_state.dtype,
             dtype or quant_state.dtype,
             packed.device,
+            direct,
         )
 
     def dequantize(
