@@ -7,13 +7,15 @@ cast of x to the adapters' dtype is left out, to PyTorch's advantage.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import types
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from quantised import BITS, BLOCKSIZE, BLOCKSIZE2, GROUP, packed_bytes
 from shapes import LORA_ALPHA, LORA_RANK, Shape
 from torch import Tensor
 
@@ -27,8 +29,13 @@ from fast_unsloth_patch.ops.low_rank import Siblings, down, expand, mm_wide, out
 from fast_unsloth_patch.ops.rms_norm import rms_norm
 from fast_unsloth_patch.ops.rope import rope
 from fast_unsloth_patch.ops.swiglu import swiglu
+from fast_unsloth_patch.reference.gptq import gptq_dequantize_ref
 from fast_unsloth_patch.reference.linear_cross_entropy import linear_cross_entropy_ref
 from fast_unsloth_patch.reference.lora import lora_linear_ref, lora_mlp_ref, lora_qkv_ref, unpack_dropout_bits
+from fast_unsloth_patch.reference.nf4 import dequantize_4bit_ref, nested_absmax_ref
+from fast_unsloth_patch.weights import dequantize_stacked
+from fast_unsloth_patch.weights.gptq import GPTQWeight
+from fast_unsloth_patch.weights.nf4 import Nf4Weight
 
 DTYPE = torch.bfloat16
 EPS = 1e-5
@@ -46,7 +53,8 @@ class Bench(NamedTuple):
     work: dict[str, float]  # of "forward", "backward" or "both" in one call: bytes, or operations if `gemm`
     gemm: bool = False
     oracle: Call | None = None  # where "torch" is none: it draws other random numbers
-    errors: Callable[[Call], float] | None = None  # of a forward whose result is random: how far off, 1 being allowed
+    # Of a forward whose result is random, or exact: how far off, less than 1 being allowed.
+    errors: Callable[[Call], float] | None = None
     no_output: bool = False  # the forward only prepares the backward
 
 
@@ -337,6 +345,84 @@ def _expand(shape: Shape, tokens: int, device: str) -> Bench:
     return Bench((u, *_adapters(shape, device)), impls, {"forward": written})
 
 
+def _rows(shape: Shape, modules: str) -> list[int]:
+    """N of the weights [N, hidden] that are dequantised together."""
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return {"gate": [shape.intermediate], "gate_up": 2 * [shape.intermediate], "qkv": [queries, keys, keys]}[modules]
+
+
+def _dequantised(inputs: tuple[Tensor, ...], impls: dict[str, Call], mode: str, rows: list[int], k: int) -> Bench:
+    """Weights [N, k] of `rows` N; a result is a tensor of all their rows or a tuple of the weights' values."""
+    reference_values = impls["torch"]
+
+    def errors(fn: Call) -> float:
+        got = fn()
+        return float((reference_values() != (torch.cat(got) if isinstance(got, tuple) else got)).sum())
+
+    impls = {name: lambda *_, fn=fn: fn() for name, fn in impls.items()}
+    moved = sum(packed_bytes(mode, n, k) + n * k * DTYPE.itemsize for n in rows)
+    return Bench(inputs, impls, {"forward": moved}, errors=errors)
+
+
+def _random_nf4(n: int, k: int, device: str) -> tuple[Tensor, Any]:
+    """Packed bytes of a weight [n, k] and what bitsandbytes calls its quant_state, doubly quantised."""
+    blocks = n * k // BLOCKSIZE
+    second = types.SimpleNamespace(
+        absmax=torch.rand(-(-blocks // BLOCKSIZE2), device=device), code=torch.linspace(-1, 1, 256, device=device),
+        blocksize=BLOCKSIZE2, dtype=torch.float32, nested=False,
+    )  # fmt: skip
+    state = types.SimpleNamespace(
+        absmax=torch.randint(256, (blocks,), dtype=torch.uint8, device=device), shape=torch.Size((n, k)), code=None,
+        blocksize=BLOCKSIZE, quant_type="nf4", dtype=DTYPE, nested=True, offset=torch.tensor(1.1, device=device),
+        state2=second,
+    )  # fmt: skip
+    return torch.randint(256, (n * k // 2, 1), dtype=torch.uint8, device=device), state
+
+
+def _nf4(shape: Shape, device: str, *, modules: str) -> Bench:
+    """Against bitsandbytes: its call for each weight."""
+    rows, k = _rows(shape, modules), shape.hidden
+    packed = [_random_nf4(n, k, device) for n in rows]
+    weights = [Nf4Weight.of(*pair) for pair in packed]
+
+    def stock() -> Tensor:
+        def values(raw: Tensor, s: Any) -> Tensor:
+            absmax = nested_absmax_ref(s.absmax, s.state2.code, s.state2.absmax, s.offset, s.state2.blocksize)
+            return dequantize_4bit_ref(raw, absmax, s.shape, quant_type="nf4", blocksize=s.blocksize, dtype=DTYPE)
+
+        return torch.cat([values(*pair) for pair in packed])
+
+    impls = {"fast": lambda: dequantize_stacked(weights), "torch": stock}
+    if importlib.util.find_spec("bitsandbytes"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        impls["bnb"] = lambda: tuple(dequantize_4bit(*pair) for pair in packed)
+    inputs = tuple(t for raw, state in packed for t in (raw, state.absmax))
+    return _dequantised(inputs, impls, "qlora", rows, k)
+
+
+def _gptq(shape: Shape, device: str, *, modules: str) -> Bench:
+    """fp16 scales, as in memory, and values for bf16 training."""
+    rows, k = _rows(shape, modules), shape.hidden
+    groups = -(-k // GROUP)
+    order = torch.arange(k, dtype=torch.int32, device=device) // GROUP
+
+    def words(*size: int) -> Tensor:
+        return torch.randint(-(2**31), 2**31, size, dtype=torch.int32, device=device)
+
+    packed = [
+        (words(k * BITS // 32, n), words(groups, n * BITS // 32), torch.rand(groups, n, device=device).half(), order)
+        for n in rows
+    ]
+    weights = [GPTQWeight(*tensors, bits=BITS, shape=(n, k)) for tensors, n in zip(packed, rows)]
+
+    def stock() -> Tensor:
+        return torch.cat([gptq_dequantize_ref(*tensors, bits=BITS, dtype=DTYPE) for tensors in packed], 1).t()
+
+    impls = {"fast": lambda: dequantize_stacked(weights, dtype=DTYPE), "torch": stock}
+    return _dequantised(tuple(t for tensors in packed for t in tensors), impls, "gptq", rows, k)
+
+
 OPS: dict[str, Callable[[Shape, int, str], Bench]] = {
     "rms_norm": partial(_rms_norm, trainable=False),
     "rms_norm_dw": partial(_rms_norm, trainable=True),
@@ -353,4 +439,12 @@ OPS: dict[str, Callable[[Shape, int, str], Bench]] = {
     "low_rank_down": _down,
     "low_rank_outer": _outer,
     "low_rank_expand": _expand,
+}
+# What no number of tokens changes.
+WEIGHT_OPS: dict[str, Callable[[Shape, str], Bench]] = {
+    "nf4_dequantize": partial(_nf4, modules="gate"),
+    "nf4_gate_up": partial(_nf4, modules="gate_up"),
+    "nf4_qkv": partial(_nf4, modules="qkv"),
+    "gptq_dequantize": partial(_gptq, modules="gate"),
+    "gptq_gate_up": partial(_gptq, modules="gate_up"),
 }

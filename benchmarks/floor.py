@@ -7,6 +7,8 @@ Every large GEMM and attention call of the step, each at the best time that PyTo
 (cuBLAS or cuBLASLt, projections of one input stacked or apart; cuDNN or FlashAttention, two layouts), with a full
 recompute of each layer under checkpointing. No norm, no LoRA, no element-wise pass, no optimizer. Frozen weights need
 no dW; `--mode full` adds them. Real work can go below: the recompute does not need the layer's last GEMM (printed too).
+With packed base weights (`--mode qlora`, `gptq`) the floor is that of LoRA; what their dequantisation moves, at the
+speed of a copy, is told beside it, since a kernel that multiplies by packed weights need not do it.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import quantised
 import report
-from shapes import SHAPES, Case, Shape, read_plan
+from shapes import MODES, SHAPES, Case, Shape, read_plan
 
 Call = Callable[[], object]
 
@@ -75,6 +78,15 @@ def copies(bytes_each: int, device: str) -> int:
     if device == "cpu":
         return 1
     return max(2, math.ceil(2.5 * torch.cuda.get_device_properties(0).L2_cache_size / bytes_each))
+
+
+def copy_gb_s(device: str) -> float:
+    """What a copy of 1 GiB reaches, bytes read and written counted."""
+    import torch
+
+    a = torch.empty(2**30 // (1 if device == "cuda" else 64), dtype=torch.uint8, device=device)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / time_ms([lambda: b.copy_(a)], device) / 1e6
 
 
 class Gemms:
@@ -189,6 +201,23 @@ def measure(case: Case, gemms: Gemms) -> list[Part]:
     return parts
 
 
+def dequantised_bytes(case: Case) -> float:
+    """Bytes that the dequantisations of a step move: each reads a packed weight and writes 16 bits a value.
+
+    One in the forward and one in the backward; under checkpointing one more in the recompute, but not of the layer's
+    last weight, which it does not need.
+    """
+    shape, runs = SHAPES[case.model], 3 if case.checkpointing else 2
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+
+    def moved(n: int, k: int) -> float:
+        return quantised.packed_bytes(case.mode, n, k) + 2 * n * k
+
+    attention = moved(queries, shape.hidden) + 2 * moved(keys, shape.hidden) + moved(shape.hidden, queries)
+    first = attention + 2 * moved(shape.intermediate, shape.hidden)
+    return (case.layers or shape.layers) * (runs * first + 2 * moved(shape.hidden, shape.intermediate))
+
+
 def _timed(found: tuple[float, str], flops: float) -> tuple[float, float, str]:
     return found[0], flops, found[1]
 
@@ -214,12 +243,18 @@ def record(case: Case, gemms: Gemms, file: str | None) -> None:
         rate = part.flops / part.ms / 1e9
         print(f"  {part.name:20s} {part.calls:4d} x {1e3 * part.ms:8.1f} us  {rate:6.1f} TFLOP/s  {part.best}")
     print(f"  floor {total:.1f} ms; without the recompute's last GEMM {total - less:.1f} ms", flush=True)
+    packed = {}
+    if case.mode in quantised.MODES:
+        moved, rate = dequantised_bytes(case), copy_gb_s(case.device)
+        ms = moved / rate / 1e6
+        packed = {"dequantize_ms": ms, "copy_gb_s": rate}
+        print(f"  + dequantisation {ms:.1f} ms: {moved / 1e9:.0f} GB at {rate:.0f} GB/s", flush=True)
     if file:
         path = Path(file)
         results = report.load_results(path)
         results["floors"].append({
             "title": report.floor_title(case), "total_ms": total, "without_last_gemm_ms": total - less,
-            "parts": [part._asdict() for part in parts], "date": datetime.date.today().isoformat(),
+            "parts": [part._asdict() for part in parts], "date": datetime.date.today().isoformat(), **packed,
             **report.environment(case.device),
         })  # fmt: skip
         report.save_results(path, results)
@@ -228,7 +263,7 @@ def record(case: Case, gemms: Gemms, file: str | None) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-8b", choices=[n for n, s in SHAPES.items() if not s.experts])
-    parser.add_argument("--mode", default="lora", choices=["lora", "full"])
+    parser.add_argument("--mode", default="lora", choices=list(MODES))
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--checkpointing", action="store_true")

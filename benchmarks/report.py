@@ -28,7 +28,8 @@ from shapes import Case
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {"stock": "stock", "fast": "fast_unsloth_patch", "liger": "Liger", "unsloth": "Unsloth"}
 DISTRIBUTIONS = (
-    "torch", "triton", "transformers", "peft", "accelerate", "wrapt", "liger-kernel", "unsloth", "unsloth_zoo"
+    "torch", "triton", "transformers", "peft", "accelerate", "wrapt", "bitsandbytes", "gptqmodel", "liger-kernel",
+    "unsloth", "unsloth_zoo",
 )  # fmt: skip
 # Largest relative difference from stock: of the loss of any step, of the gradient norm of the first step, and of any
 # step. fp32 starts at the contract's 1e-5 and has room for what AdamW amplifies later: where a gradient is rounding
@@ -240,6 +241,11 @@ def floor_title(case: Case) -> str:
     return Case(case.model, case.mode, case.batch, case.seq, case.checkpointing, layers=case.layers).title()
 
 
+def _floor_numbers(floor: Row) -> str:
+    more = f" + {floor['dequantize_ms']:.0f} dequantisation" if "dequantize_ms" in floor else ""
+    return f"{floor['total_ms']:.0f} ms{more}"
+
+
 def _shown(row: Row) -> str:
     """An arm's name for readers."""
     label: str = row["label"]
@@ -268,7 +274,7 @@ def _steps(document: dict[str, list[Row]]) -> str:
         cells = [_numbers(plain.get(impl)) for impl in NAMES]
         if document["floors"]:
             floor = _floor(document, _case(found[0]))
-            cells.append(f"{floor['total_ms']:.0f} ms" if floor else "-")
+            cells.append(_floor_numbers(floor) if floor else "-")
         rows.append([title, *cells])
     head = ["batch x sequence", *NAMES.values(), *["floor"][: len(document["floors"])]]
     return _markdown(head, rows) if rows else ""
@@ -325,7 +331,7 @@ def _ladder(document: dict[str, list[Row]]) -> str:
     cells = [[_shown(r), *_numbers(r).partition(", ")[::2]] for r in rows]
     floor = _floor(document, _case(rows[0]))
     if floor:
-        cells.append(["floor", f"{floor['total_ms']:.0f} ms", "-"])
+        cells.append(["floor", _floor_numbers(floor), "-"])
     return _markdown([title, "step", "peak allocated"], cells)
 
 

@@ -2,11 +2,13 @@
 
 The shapes are those of the published models; nothing is downloaded. `fill_weights` gives every implementation the same
 weights, so that their losses can be compared step by step: each value depends on nothing but the parameter's name.
-Importing this file loads no torch, so that the driver and `report.py` start at once.
+(`quantised.py` has what is special about base weights of four bits.) Importing this file loads no torch, so that the
+driver and `report.py` start at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
@@ -17,12 +19,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import quantised
+
 # told when a part of the set-up is over
 Done = Callable[[str], None]
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA_RANK = 16
 LORA_ALPHA = 32
+
+# mode -> how a title calls it, and what a script of it imports beside transformers
+MODES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "lora": ("LoRA", ("peft",)),
+    "full": ("full fine-tune", ()),
+    "qlora": ("QLoRA", ("peft", "bitsandbytes")),
+    "gptq": ("LoRA on GPTQ", ("peft", "gptqmodel", "optimum")),
+}
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,7 @@ class Case:
 
     def title(self) -> str:
         shape = SHAPES[self.model]
-        parts = [f"{shape.title} {'LoRA' if self.mode == 'lora' else 'full fine-tune'}, {self.batch}x{self.seq}"]
+        parts = [f"{shape.title} {MODES[self.mode][0]}, {self.batch}x{self.seq}"]
         if self.layers:
             parts.append(f"{self.layers} of {shape.layers} layers")
         parts.append("checkpointing" if self.checkpointing else "no checkpointing")
@@ -149,13 +161,21 @@ def config(name: str, layers: int | None = None) -> Any:
     return AutoConfig.for_model(shape.family, **values)
 
 
-def build(name: str, *, layers: int | None, dtype: Any, device: str) -> Any:
-    """A causal language model of that shape, made directly on `device` (8B parameters in about a second on a GPU)."""
+def build(name: str, *, layers: int | None, dtype: Any, device: str, mode: str = "lora") -> Any:
+    """A causal language model of that shape, made directly on `device` (8B parameters in about a second on a GPU).
+
+    `mode` "qlora" or "gptq": the projections are packed, each as it is made; all else has `dtype`.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config(name, layers), dtype=dtype, attn_implementation="sdpa")
+    packed = quantised.packed_linears(mode, LORA_TARGETS) if mode in quantised.MODES else contextlib.nullcontext()
+    with torch.device(device), packed:
+        model = AutoModelForCausalLM.from_config(config(name, layers), dtype=dtype, attn_implementation="sdpa")
+    if mode == "qlora":
+        # As from_pretrained leaves it: without this PEFT takes the layers for dense ones.
+        model.is_loaded_in_4bit = True
+    return model
 
 
 def add_lora(model: Any, *, dropout: float, device: str) -> Any:
@@ -184,23 +204,46 @@ def fill_weights(model: Any, seed: int = 0) -> None:
 
     Matrices N(0, 0.02); norm weights 1 + N(0, 0.1); lora_A N(0, 1/(3K)), the variance of PEFT's own initialisation for
     K inputs; lora_B N(0, 0.005), not zero, so that the gradients of lora_A are exercised from the first step.
-    Drawn in fp32 and rounded once to the parameter's dtype.
+    Drawn in fp32 and rounded once to the parameter's dtype. A 4-bit weight of bitsandbytes becomes what that library
+    makes of these values in the embedding's dtype; of a GPTQ weight the integers and the scales are drawn.
+
+    Raises:
+        ValueError: a 4-bit weight whose layout is not the stock arm's.
     """
     import torch
 
+    def generator(key: str, device: torch.device) -> torch.Generator:
+        return torch.Generator(device).manual_seed(zlib.crc32(key.encode()) + seed)
+
+    dense = model.get_input_embeddings().weight.dtype
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            key = canonical_name(name)
-            generator = torch.Generator(parameter.device)
-            generator.manual_seed(zlib.crc32(key.encode()) + seed)
-            values = torch.randn(parameter.shape, generator=generator, device=parameter.device, dtype=torch.float32)
+            key, device = canonical_name(name), parameter.device
+            state = getattr(parameter, "quant_state", None)
+            shape = parameter.shape if state is None else state.shape
+            values = torch.randn(shape, generator=generator(key, device), device=device, dtype=torch.float32)
             if "norm" in key:
                 values = values.mul_(0.1).add_(1.0)
             elif "lora_A" in key:
                 values = values.mul_((3 * parameter.shape[-1]) ** -0.5)
             else:
                 values = values.mul_(0.005 if "lora_B" in key else 0.02)
-            parameter.copy_(values)
+            if state is None:
+                parameter.copy_(values)
+            else:
+                quantised.fill_nf4(key, parameter, values.to(dense))
+        for name, module in model.named_modules():
+            if quantised.is_gptq(module):
+                key = canonical_name(f"{name}.weight")
+                quantised.fill_gptq(module, generator(key, module.qweight.device))
+
+
+def packing_problem(model: Any, case: Case) -> str | None:
+    """Why `model`, as an implementation built it, has not the base weights of the case's mode, if it has not."""
+    layers = case.layers or SHAPES[case.model].layers
+    expected = len(LORA_TARGETS) * layers if case.mode in quantised.MODES else 0
+    found = quantised.packed_weights(model)
+    return None if found == expected else f"packed weights: expected {expected}, found {found}"
 
 
 def text_tokens(vocab: int, count: int) -> list[int]:
@@ -291,8 +334,8 @@ class Setup(NamedTuple):
 def _import_stock(case: Case, arm: Arm) -> None:
     family = SHAPES[case.model].family
     importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    if case.mode == "lora":
-        importlib.import_module("peft")
+    for name in MODES[case.mode][1]:
+        importlib.import_module(name)
 
 
 def _import_fast(case: Case, arm: Arm) -> None:
@@ -321,8 +364,8 @@ def _build_stock(case: Case, arm: Arm, done: Done) -> Any:
     import torch
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[case.dtype]
-    model = build(case.model, layers=case.layers, dtype=dtype, device=case.device)
-    if case.mode == "lora":
+    model = build(case.model, layers=case.layers, dtype=dtype, device=case.device, mode=case.mode)
+    if case.mode != "full":
         model = add_lora(model, dropout=case.dropout, device=case.device)
     if case.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -345,13 +388,13 @@ def _build_unsloth(case: Case, arm: Arm, done: Done) -> Any:
         model_name=str(folder),
         max_seq_length=case.seq,
         dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[case.dtype],
-        load_in_4bit=False,
+        load_in_4bit=case.mode == "qlora",  # double quantisation is its default
         full_finetuning=case.mode == "full",
         use_gradient_checkpointing=checkpointing,
         local_files_only=True,
     )
     done("load")
-    if case.mode == "lora":
+    if case.mode != "full":
         model = unsloth.FastLanguageModel.get_peft_model(
             model,
             r=LORA_RANK,

@@ -7,7 +7,8 @@
 The setting: random weights in the real model's shape, the same in every implementation
 (`shapes.fill_weights`); autocast; fp32 LoRA adapters r=16 on all seven projections, or every weight in full mode; fused
 AdamW; gradients clipped to norm 1; a new batch of real text each step; the median of `--steps` steps after `--warmup`,
-the device synchronised at each step's end, as Trainer's own NaN filter does.
+the device synchronised at each step's end, as Trainer's own NaN filter does. In the modes qlora (bitsandbytes) and gptq
+(gptqmodel) the base weights have four bits (`quantised.py`); GPTQ has a fast path here only.
 
 While an arm measures, the next one's worker already imports, and waits (`workers.py`; `--no-overlap` for one after the
 other). Only imports overlap: a worker builds, runs and measures when no other one uses the GPU. Imports and the wait
@@ -52,7 +53,7 @@ KERNEL_KINDS = {
     "torch": r"at::|aten::",
     "triton": r"^_?\w+(kernel|_\d+)$|^triton_",
 }
-LEARNING_RATE = {"lora": 2e-4, "full": 1e-5}
+LEARNING_RATE = {"lora": 2e-4, "full": 1e-5, "qlora": 2e-4, "gptq": 2e-4}
 
 
 class _Phases:
@@ -218,12 +219,22 @@ def _host(trainer: _Trainer, repeats: int = 12) -> dict[str, float]:
     }
 
 
-def _work(case: Case, arm: Arm) -> dict[str, Any]:
-    package = PACKAGES.get(arm.impl)
-    if package and importlib.util.find_spec(package) is None:
-        return {"status": "absent", "reason": f"{package} is not installed"}
+def _absent(case: Case, arm: Arm) -> str | None:
+    """Why an arm cannot run here, if it cannot."""
+    if case.mode == "gptq" and arm.impl not in ("stock", "fast"):
+        return f"{arm.impl} has no fast path for GPTQ"
+    needed = [PACKAGES[arm.impl]] if arm.impl in PACKAGES else []
+    for package in (*needed, *shapes.MODES[case.mode][1]):
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
     if arm.impl == "unsloth" and case.device != "cuda":
-        return {"status": "absent", "reason": "unsloth needs a CUDA device"}
+        return "unsloth needs a CUDA device"
+    return None
+
+
+def _work(case: Case, arm: Arm) -> dict[str, Any]:
+    if reason := _absent(case, arm):
+        return {"status": "absent", "reason": reason}
     phases = _Phases()
     setup = shapes.SETUPS[arm.impl]
     setup.imports(case, arm)
@@ -236,6 +247,8 @@ def _work(case: Case, arm: Arm) -> dict[str, Any]:
     phases.done("wait")
     model = setup.build(case, arm, phases.done)
     model.train()
+    if problem := shapes.packing_problem(model, case):
+        raise ValueError(problem)
     shapes.fill_weights(model)
     torch.manual_seed(0)
     phases.done("build")
@@ -336,7 +349,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--impl", default="stock,fast,liger,unsloth", help="comma-separated")
     parser.add_argument("--model", default="llama-8b", choices=[n for n, s in shapes.SHAPES.items() if not s.experts])
-    parser.add_argument("--mode", default="lora", choices=["lora", "full"])
+    parser.add_argument("--mode", default="lora", choices=list(shapes.MODES))
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--checkpointing", action="store_true")
@@ -364,7 +377,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-overlap", dest="ahead", action="store_const", const=0, help="the same as --ahead 0")
     options = parser.parse_args(argv)
     if (options.mode, options.dtype) == ("full", "fp16"):
-        parser.error("GradScaler refuses fp16 gradients: fp16 goes with --mode lora")
+        parser.error("GradScaler refuses fp16 gradients: fp16 goes with adapters, not with --mode full")
     if options.plan:
         plan = shapes.read_plan(options.plan)
         if not set(options.cases) <= set(range(1, len(plan) + 1)):

@@ -59,6 +59,7 @@ def _environment(arm: Arm, folder: Path) -> dict[str, str]:
     env = {key: value for key, value in os.environ.items() if not key.startswith("FAST_UNSLOTH")}
     env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     env |= {"UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_DISABLE_AUTO_UPDATES": "1"}
+    env["GPTQMODEL_DISABLE_PACK_EXT"] = "1"  # it would compile an extension that packs, which nothing here does
     if arm.cold:
         env |= {"TRITON_CACHE_DIR": str(folder / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
     return env | arm.env

@@ -2,7 +2,7 @@
 
 `_demo_script.py` trains a small Llama with LoRA on real text and knows nothing of this library. It runs twice, each
 time in its own process: as it is, and by `python -m fast_unsloth_patch run`. Then a table of both: loss, speed, memory,
-and what took the fast path.
+and what took the fast path. With `--mode qlora` the model's weights are NF4, by bitsandbytes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any, TextIO
 
 _SCRIPT = Path(__file__).with_name("_demo_script.py")
 _NEEDED = ("torch", "transformers", "peft", "accelerate", "wrapt")
+# and of a mode
+_MODES: dict[str, tuple[str, ...]] = {"lora": (), "qlora": ("bitsandbytes",)}
 
 # Largest relative difference of any step's loss. Rounding differs, and AdamW amplifies it over the steps: in fp32 to
 # about 1e-5, in bf16 to what two kernels of the same formula differ by. The loss itself falls by a fifth or more.
@@ -145,19 +147,21 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the demo. Exit status: 0 good; 1 the losses disagree or nothing was patched; 2 it could not run."""
     parser = argparse.ArgumentParser(prog="python -m fast_unsloth_patch demo", description=__doc__)
     parser.add_argument("--steps", type=int, help="training steps of each run (default: 100)")
+    parser.add_argument("--mode", choices=list(_MODES), default="lora", help="qlora: on weights of four bits")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--json", action="store_true", help="the result as JSON; progress goes to stderr")
     options = parser.parse_args(argv)
     if options.steps is not None and options.steps < 1:
         parser.error("--steps must be at least 1")
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    needed = _NEEDED + _MODES[options.mode]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         names = " ".join(missing)
         print(f"the demo needs {', '.join(missing)}, not installed here: pip install {names}", file=sys.stderr)
         return 2
 
     progress = _Progress(sys.stderr if options.json else sys.stdout)
-    arguments = [str(_SCRIPT), "--device", options.device]
+    arguments = [str(_SCRIPT), "--device", options.device, "--mode", options.mode]
     if options.steps:
         arguments += ["--steps", str(options.steps)]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -156,9 +156,8 @@ def _weight(n: int, k: int, layer: Layer) -> Any:
         nested = Nested(empty(-(-n * k // 64 // 256)), empty(256), empty(1), 256)
         packed, absmax = empty(n * k // 2, dtype=torch.uint8), empty(n * k // 64, dtype=torch.uint8)
         device = torch.device("meta")
-        return Nf4Weight(
-            packed, absmax, nested, empty(16), "nf4", 64, (n, k), BF16, layer.compute, device, direct=True
-        )  # fmt: skip
+        named = {"dtype": layer.compute, "device": device, "direct": True, "sizes": ()}
+        return Nf4Weight(packed, absmax, nested, empty(16), "nf4", 64, (n, k), BF16, **named)
     groups = k // 128
     zeros = empty(groups, n // 8, dtype=torch.int32)
     scales, order = empty(groups, n, dtype=FP16), torch.arange(k, dtype=torch.int32) // 128

@@ -104,6 +104,17 @@ def test_only_imports_overlap(fakes):
     assert not fakes.alive()
 
 
+def test_environment_of_a_worker(monkeypatch, tmp_path):
+    monkeypatch.setenv("FAST_UNSLOTH", "1")
+    monkeypatch.setenv("KEPT", "1")
+    arm = shapes.Arm("stock", env={"GPTQMODEL_DISABLE_PACK_EXT": "0", "MORE": "1"})
+    env = workers._environment(arm, tmp_path)
+    assert "FAST_UNSLOTH" not in env and env["KEPT"] == env["MORE"] == env["HF_HUB_OFFLINE"] == "1"
+    # what the arm says counts
+    assert env["GPTQMODEL_DISABLE_PACK_EXT"] == "0"
+    assert workers._environment(shapes.Arm("stock"), tmp_path)["GPTQMODEL_DISABLE_PACK_EXT"] == "1"
+
+
 def test_without_overlap_each_starts_when_the_last_has_ended(fakes):
     with fakes.run("", "", ahead=0) as results:
         assert [(r["status"], r["import_beside_s"]) for r in results] == [("ok", 0.0)] * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import io
 import json
 import os
@@ -35,6 +36,30 @@ def test_stock_and_fast_agree_and_fast_was_patched(run_python):
     # four layers, two norms each and the last one; eight steps
     assert rows["llama.rms_norm"]["forward"] == 72
     assert "stock  step 8/8" in done.stderr and "fast   step 8/8" in done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_qlora_trains_on_packed_weights(run_python):
+    arguments = ["--mode", "qlora", "--steps", "4", "--device", "cpu", "--json"]
+    done = run_python(None, args=["-m", "fast_unsloth_patch", "demo", *arguments])
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    stock, fast = result["stock"], result["fast"]
+    # two weights a byte: 3.4 million, had they not been quantised
+    assert stock["parameters"] == fast["parameters"] < 2.5e6
+    assert stock["losses"] == pytest.approx(fast["losses"], rel=1e-5)
+    assert stock["losses"][0] - stock["losses"][3] > 0.2
+    rows = {row["id"]: row for row in result["status"]}
+    for name in ("llama.attention", "llama.mlp"):
+        assert (rows[name]["forward"], rows[name]["backward"], rows[name]["fallbacks"]) == (16, 16, {})
+
+
+def test_qlora_without_bitsandbytes_says_what_to_install(monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
+    assert demo.main(["--mode", "qlora"]) == 2
+    said = capsys.readouterr().err
+    assert said == "the demo needs bitsandbytes, not installed here: pip install bitsandbytes\n"
 
 
 def test_the_script_imports_nothing_of_ours():

@@ -124,9 +124,11 @@ def test_the_benchmark_runs(run_python, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(results.read_text())["kernels"]
     assert {row["op"] for row in rows} >= {"rms_norm", "rope", "swiglu", "lora_qkv", "lora_mlp", "linear_cross_entropy"}
-    # The error of dropout_bits is in other units.
+    # The error of dropout_bits is in other units; that of unpacked weights, which depend on no tokens, is none.
     mine = [row for row in rows if row["impl"] == "fast" and row["op"] != "dropout_bits"]
-    assert all(0 < error < 0.02 for row in mine for error in row["errors"])
+    assert all(0 < error < 0.02 for row in mine if row["tokens"] for error in row["errors"])
+    unpacked = [row for row in mine if not row["tokens"]]
+    assert len(unpacked) >= 5 and all(error == 0 for row in unpacked for error in row["errors"])
     assert all(row["ms"] > 0 and row["versions"]["torch"] for row in rows)
     again = run_python(None, args=(script, "--cpu", "--tiny", "--ops", "swiglu", "--json", results))
     assert again.returncode == 0 and len(json.loads(results.read_text())["kernels"]) == len(rows)

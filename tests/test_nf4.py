@@ -245,7 +245,6 @@ BAD = [
     (_change(absmax=lambda t: t[:-1]), r"quant_state.absmax: expected 16 contiguous torch.uint8 on cpu, found 15 \("),
     (_change(absmax=lambda t: t.float()), r"quant_state.absmax: .* found 16 \(torch.float32"),
     (_change(nested=False), r"quant_state.absmax: expected 16 contiguous torch.float32 on cpu, found 16 \(torch.uint8"),
-    (_change(code=lambda t: t[:8]), r"quant_state.code: expected 16 .* found 8"),
     (_change(state2=None), r"quant_state.state2: .* found None"),
     (_change(state2__blocksize=0), r"state2.blocksize: expected a positive number, found 0"),
     (_change(state2__dtype=BF16), r"state2: expected float32 .* found torch.bfloat16"),

@@ -7,6 +7,7 @@ import functools
 import importlib
 import os
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,23 +25,25 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 LAYERS = 2
 # Relative to stock in float32: the fidelity contract.
 FP32 = 1e-5
+# Modules that cannot be imported without a package of their own.
+NEEDS = {"peft.tuners.lora.bnb": "bitsandbytes"}
 
 
 @contextmanager
 def patched(*ids: str):
     """The patches ``ids`` installed without the mechanism of ``apply``; on leaving, the stock objects are back."""
     saved = []
-    for patch in PATCHES:
-        if patch.id not in (ids or FORWARDS):
-            continue
-        owner_name, attribute = patch.target.split(".")
-        owner = getattr(importlib.import_module(patch.module), owner_name)
-        stock = owner.__dict__.get(attribute, MISSING)
-        module, builder = patch.replacement.split(":")
-        new = getattr(importlib.import_module(module), builder)(stock)
-        setattr(owner, attribute, functools.wraps(stock)(new) if patch.kind == "forward" else new)
-        saved.append((owner, attribute, stock))
     try:
+        for patch in PATCHES:
+            if patch.id not in (ids or FORWARDS) or (patch.module in NEEDS and not find_spec(NEEDS[patch.module])):
+                continue
+            owner_name, attribute = patch.target.split(".")
+            owner = getattr(importlib.import_module(patch.module), owner_name)
+            stock = owner.__dict__.get(attribute, MISSING)
+            module, builder = patch.replacement.split(":")
+            new = getattr(importlib.import_module(module), builder)(stock)
+            setattr(owner, attribute, functools.wraps(stock)(new) if patch.kind == "forward" else new)
+            saved.append((owner, attribute, stock))
         yield
     finally:
         for owner, attribute, stock in saved:

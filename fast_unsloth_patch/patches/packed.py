@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..weights import FrozenWeight, gptq, nf4
+from ..weights import FrozenWeight, WeightLayoutError, gptq, nf4
 from ..weights.gptq import GPTQWeight
 from ..weights.nf4 import Nf4Weight
 
@@ -135,7 +135,10 @@ def _gptq(module: Any, x_dtype: torch.dtype, device: torch.device, autocast: tor
         return reason
     weight = _GPTQ.get(module)
     if weight is None or not weight.describes(module):
-        weight = _GPTQ[module] = GPTQWeight.of(module)
+        try:
+            weight = _GPTQ[module] = GPTQWeight.of(module)
+        except WeightLayoutError as error:  # of values, which a predicate that runs at each call cannot look at
+            return str(error)
     bias = module.bias
     if bias is not None and (not isinstance(bias, torch.Tensor) or bias.device != device):
         return "bias on another device"

@@ -192,17 +192,22 @@ def _parts(module: Any) -> tuple[Any, Any, Any, Any, int, tuple[int, int], int]:
     return module.qweight, module.qzeros, module.scales, module.g_idx, module.bits, shape, qzero_format
 
 
-def _state(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor) -> tuple[Hashable, ...]:
+def _state(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int) -> tuple[Hashable, ...]:
     return (
         id(qweight),
         id(qzeros),
         id(scales),
         id(g_idx),
         qweight.device,
+        # ``.data = ...`` keeps the object.
+        qweight.numel(),
+        qzeros.numel(),
+        scales.numel(),
         scales.dtype,
         g_idx.data_ptr(),
         # A tensor made under inference_mode counts no versions.
         None if g_idx.is_inference() else g_idx._version,
+        bits,
     )
 
 
@@ -265,7 +270,7 @@ class GPTQWeight:
         self._reload = _reload(known, bits)
         as_it_is = low >= 0 and g_idx.dtype is torch.int32 and g_idx.device == scales.device
         self._g_idx = g_idx if as_it_is else known.to(device=scales.device, dtype=torch.int32)
-        self._state = _state(qweight, qzeros, scales, g_idx)
+        self._state = _state(qweight, qzeros, scales, g_idx, bits)
 
     @classmethod
     def of(cls, module: Any) -> GPTQWeight:
@@ -302,7 +307,7 @@ class GPTQWeight:
         return False
 
     def identity(self) -> tuple[Hashable, ...]:
-        return (*self._state, self.bits, self.shape, self.qzero_format)
+        return (*self._state, self.shape, self.qzero_format)
 
     def describes(self, module: Any) -> bool:
         """Whether this is still the description of ``module``: a cheap test, for every call.
@@ -310,7 +315,7 @@ class GPTQWeight:
         gptqmodel replaces tensors and moves g_idx, torch moves and casts buffers in place: each is seen. Other group
         numbers written into g_idx are seen where torch counts versions; the other tensors are read anew at every call.
         """
-        return self._state == _state(module.qweight, module.qzeros, module.scales, module.g_idx)
+        return self._state == _state(module.qweight, module.qzeros, module.scales, module.g_idx, module.bits)
 
     def dequantize(
         self, out: Tensor | None = None, dtype: torch.dtype | None = None, *, direct: bool = False

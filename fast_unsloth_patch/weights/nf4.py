@@ -186,6 +186,7 @@ class Nf4Weight(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     direct: bool  # bitsandbytes' forward (not its backward) does without the rounding to stored_dtype
+    sizes: tuple[Any, ...]  # what `.data = ...` and `.to(...)` change in the tensors above, see _sizes
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -203,7 +204,7 @@ class Nf4Weight(NamedTuple):
 
         Args:
             packed: ceil(N K / 2) bytes of any shape, contiguous, in uint8 or the float dtype of ``quant_storage``.
-            quant_state: an object with bitsandbytes' ``absmax, shape, code, blocksize, quant_type, dtype, offset,
+            quant_state: an object with bitsandbytes' ``absmax, shape, blocksize, quant_type, dtype, offset,
                 state2, nested``.
             dtype: what the layer computes in; default the dtype that the weight had.
             direct: whether the layer's forward rounds once: bitsandbytes >= 0.50 (``gemm_4bit``).
@@ -231,6 +232,7 @@ class Nf4Weight(NamedTuple):
             dtype or quant_state.dtype,
             packed.device,
             direct,
+            _sizes(packed, quant_state.absmax),
         )
 
     def dequantize(
@@ -293,9 +295,13 @@ class Nf4Weight(NamedTuple):
         nested = self.nested
         if (
             packed is not self.packed
-            or packed.device != self.device
+            or quant_state is None
             or quant_state.absmax is not self.absmax
+            or _sizes(packed, self.absmax) != self.sizes
             or quant_state.dtype is not self.stored_dtype
+            or quant_state.shape != self.shape
+            or quant_state.blocksize != self.blocksize
+            or quant_state.quant_type != self.quant_type
             or quant_state.nested is (nested is None)
         ):
             return False
@@ -328,6 +334,10 @@ class Nf4Weight(NamedTuple):
         )
 
 
+def _sizes(packed: Tensor, absmax: Tensor) -> tuple[Any, ...]:
+    return packed.dtype, packed.numel(), packed.device, absmax.numel(), absmax.device
+
+
 def layout_problem(packed: Tensor, quant_state: Any) -> str | None:
     """What about a packed weight does not fit (which tensor, expected and found), or None: the predicate of `of`."""
     if quant_state is None:
@@ -354,11 +364,10 @@ def layout_problem(packed: Tensor, quant_state: Any) -> str | None:
             f"({packed.dtype} {list(packed.shape)}, strides {list(packed.stride())})"
         )
     blocks = -(-values // blocksize)
-    code, absmax, second = quant_state.code, quant_state.absmax, getattr(quant_state, "state2", None)
-    problem = _tensor_problem("quant_state.code", code, 16, torch.float32, packed.device) if code is not None else None
+    absmax, second = quant_state.absmax, getattr(quant_state, "state2", None)
     if not quant_state.nested:
-        return problem or _tensor_problem("quant_state.absmax", absmax, blocks, torch.float32, packed.device)
-    problem = problem or _tensor_problem("quant_state.absmax", absmax, blocks, torch.uint8, packed.device)
+        return _tensor_problem("quant_state.absmax", absmax, blocks, torch.float32, packed.device)
+    problem = _tensor_problem("quant_state.absmax", absmax, blocks, torch.uint8, packed.device)
     if problem is not None:
         return problem
     if second is None:
