@@ -63,6 +63,16 @@ def _seed():
         torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _counters_at_zero():
+    """Every test counts from zero, whatever ran before it in this process: its counters live as long as that does."""
+    if status := sys.modules.get("fast_unsloth_patch.status"):
+        for tally in status._TALLIES.values():
+            for name in status._COUNTERS:
+                setattr(tally, name, 0)
+            tally.fallbacks.clear()
+
+
 @pytest.fixture
 def poisoned_empty(monkeypatch):
     """Uninitialised tensors hold NaN (integers their largest value), so that reading what nobody wrote is seen."""

@@ -174,7 +174,11 @@ def test_ddp(one_process):
 @pytest.mark.parametrize("adapters", [True, False])
 def test_fsdp2_by_decoder_layer(one_process, adapters, checkpoint):
     """Inside a sharded layer's forward its parameters are whole and plain."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+
+    # The default is a mesh of GPUs where there are any.
+    mesh = init_device_mesh("cpu", (1,))
 
     model = lora(llama()) if adapters else llama()
     if checkpoint is not None:
@@ -184,8 +188,8 @@ def test_fsdp2_by_decoder_layer(one_process, adapters, checkpoint):
     before = hits()
     with patched():
         for layer in layers_of(model):
-            fully_shard(layer)
-        fully_shard(model)
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
         for _ in range(2):
             model.zero_grad()
             loss = model(**batch(), use_cache=False).loss

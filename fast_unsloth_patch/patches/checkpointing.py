@@ -195,8 +195,11 @@ def checkpointing_func(stock: object) -> property:
     exists = callable(stock) or bind is not None
 
     def get(self: Any) -> Any:
+        # The instance's dict, said so that torch.compile really looks there: dynamo of torch 2.9 to 2.11 takes
+        # self.__dict__[name] for self.name, which is this property again, and so on without end.
+        attributes = super(nn.Module, self).__getattribute__("__dict__")
         try:
-            checkpoint = self.__dict__[_NAME]
+            checkpoint = attributes[_NAME]
         except KeyError:
             if not exists:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {_NAME!r}") from None
