@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import __version__, apply, bootstrap, compat, registry, status, unapply
 from .errors import FastPatchWarning
+from .install import is_absent
 
 if TYPE_CHECKING:
     import torch
@@ -156,19 +157,20 @@ def _gpu() -> Iterator[Check]:
 def _patches() -> Iterator[Check]:
     """Install everything as a script would, with the variables that are set, and see what declines."""
     was_active = status().environment["active"]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        apply()
-        for module in {patch.module: None for patch in registry.PATCHES}:
-            if compat.outside_window(module.partition(".")[0]) is None:
-                importlib.import_module(module)
-    # What declines has its reason in its row; this is about variables.
-    for warning in caught:
-        if issubclass(warning.category, FastPatchWarning) and "#activation" in str(warning.message):
-            yield Check("patches", "configuration", "degraded", str(warning.message))
+    absent = {patch.id for patch in registry.PATCHES if is_absent(patch)}
     try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            apply()
+            for module in {patch.module: None for patch in registry.PATCHES if patch.id not in absent}:
+                if compat.outside_window(module.partition(".")[0]) is None:
+                    importlib.import_module(module)
+        # What declines has its reason in its row; this is about variables.
+        for warning in caught:
+            if issubclass(warning.category, FastPatchWarning) and "#activation" in str(warning.message):
+                yield Check("patches", "configuration", "degraded", str(warning.message))
         for row in status().rows:
-            state = "ok" if row.state == "applied" else "degraded"
+            state = "ok" if row.state == "applied" else "note" if row.id in absent else "degraded"
             yield Check("patches", row.id, state, f"{row.state}: {row.reason}" if row.reason else row.state)
     finally:
         if not was_active:

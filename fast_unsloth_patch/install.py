@@ -120,11 +120,12 @@ def _apply(config: Config, import_now: bool) -> dict[str, str]:
     announce(status)
     problems: dict[str, str] = {}
     modules: dict[str, list[str]] = {}
+    absent = {patch.id for patch in registry.PATCHES if is_absent(patch)}
     for patch in registry.PATCHES:
         if patch.id not in config.left_out:
             modules.setdefault(patch.module, []).append(patch.id)
     for name, ids in modules.items():
-        required = config.strict or not config.named.isdisjoint(ids)
+        required = (config.strict or not config.named.isdisjoint(ids)) and absent.isdisjoint(ids)
         problem = _import_problem(name, import_now) if required else None
         problem = problem or _watch(name)
         if problem is not None:
@@ -146,6 +147,11 @@ def _import_problem(name: str, import_now: bool) -> str | None:
         except Exception as error:  # strict: whatever keeps the target from being imported is the answer.
             return f"{name} cannot be imported: {type(error).__name__}: {error}"
     return None
+
+
+def is_absent(patch: Patch) -> bool:
+    """Whether there is nothing to patch, for want of the package that its module needs."""
+    return bool(patch.optional) and not _can_be_found(patch.optional)
 
 
 def _can_be_found(package: str) -> bool:
@@ -335,6 +341,8 @@ def _pending_reason(patch: Patch) -> str:
     package = patch.module.partition(".")[0]
     if package in compat.WINDOW and compat.installed(package) is None:
         return compat.not_installed(package)
+    if is_absent(patch):
+        return compat.not_installed(patch.optional)
     return f"{patch.module} is {'half imported' if patch.module in sys.modules else 'not imported yet'}"
 
 

@@ -38,6 +38,8 @@ class Patch:
         requires: distributions whose installed version must lie in the window of ``compat.py``.
         parameters: the names that the stock function's signature must have, in order, ``"old|new"`` where a supported
             version renamed one; empty: any.
+        optional: a package that the module cannot be imported without and that most scripts do not have: where it is
+            absent there is nothing to patch, and ``strict`` does not ask for it.
         summary: one line for tables.
     """
 
@@ -48,6 +50,7 @@ class Patch:
     kind: Literal["forward", "checkpoint_property"] = "forward"
     requires: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
+    optional: str = ""
     summary: str = ""
 
 
@@ -134,6 +137,7 @@ PATCHES: tuple[Patch, ...] = (
         replacement=f"{_PATCHES}.peft_linear:linear4bit_forward",
         requires=("torch", "peft"),
         parameters=("self", "x", "args", "kwargs"),
+        optional="bitsandbytes",
         summary="the same over bitsandbytes' NF4 and FP4 weights",
     ),
     Patch(

@@ -122,8 +122,7 @@ def launch(
             parts.append(cls)
             values.append(a)
             known = known and (a is None or cls is float or cls is bool)
-    current = _current_device() if _current_device is not None else -1
-    if device != current and device >= 0:
+    if device >= 0 and device != _current_device():  # type: ignore[misc]  # absent only where no tensor is on a GPU
         with torch.cuda.device(device):
             launch(kernel, grid, args, consts, num_warps=num_warps, num_stages=num_stages)
         return
