@@ -160,7 +160,8 @@ def rms_errors(make: Callable, autocast, length: int = 12, rows: int = 2, **opti
         exact_model, inputs = in_float64(model), inputs_of(seed, rows, length)
         exact = run(exact_model, inputs, keep_logits=False)
         fast, stock, counts = both(model, inputs, autocast=autocast, keep_logits=False)
-        assert_counts(counts, attention=LAYERS, mlp=LAYERS)
+        layers = model.config.num_hidden_layers
+        assert_counts(counts, attention=layers, mlp=layers)
         assert fast.grads.keys() == stock.grads.keys() == exact.grads.keys()
         for name, expected in exact.grads.items():
             errors.add(name, fast.grads[name], stock.grads[name], expected)

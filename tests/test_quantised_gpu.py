@@ -51,16 +51,38 @@ def step(model, autocast=BF16, seed: int = 7):
 @pytest.mark.parametrize("checkpoint", [None, True, False])
 @pytest.mark.parametrize("name", CASES)
 def test_low_precision(name, checkpoint):
-    """Fast and stock differ by no more than two results with stock's roundings do."""
+    """Fast and stock differ by no more than two results with stock's roundings do, over four seeds.
+
+    One is not enough: with biases, what q and k have in common cancels in their gradients, whose errors in low
+    precision are a few percent in both arms and differ by a factor of two or three from seed to seed.
+    """
     dtype, adapter_dtype, autocast, kbit, options = CASES[name]
     lora = {"lora_bias": True} if options else {}
-    model = adapted(make(dtype, **options), kbit=kbit, checkpoint=checkpoint, adapter_dtype=adapter_dtype, **lora)
-    inputs = inputs_of()
-    exact = run(in_float64(model), inputs, use_cache=False)
-    fast, stock, counts = both(model, inputs, autocast=autocast, use_cache=False)
-    times = LAYERS if checkpoint is None else 2 * LAYERS
-    assert_counts(counts, attention=times, mlp=times)
-    assert_as_good(fast, stock, exact)
+    apart: dict[str, float] = {}
+    stocks: dict[str, float] = {}
+    for seed in range(4):
+        made = make(dtype, seed=seed, **options)
+        model = adapted(made, kbit=kbit, checkpoint=checkpoint, adapter_dtype=adapter_dtype, seed=seed, **lora)
+        inputs = inputs_of(seed)
+        exact = run(in_float64(model), inputs, use_cache=False)
+        fast, stock, counts = both(model, inputs, autocast=autocast, use_cache=False)
+        times = LAYERS if checkpoint is None else 2 * LAYERS
+        assert_counts(counts, attention=times, mlp=times)
+        assert fast.grads.keys() == stock.grads.keys() == exact.grads.keys()
+        for what, (f, s, e) in {
+            "logits": (fast.logits, stock.logits, exact.logits),
+            **{n: (fast.grads[n], stock.grads[n], exact.grads[n]) for n in stock.grads},
+        }.items():
+            assert f.dtype == s.dtype, what
+            apart[what] = apart.get(what, 0.0) + distance(f, s) ** 2
+            stocks[what] = stocks.get(what, 0.0) + distance(s, e) ** 2
+        # A single number may be lucky: its error is taken from the logits, which it is made of.
+        assert distance(fast.loss, stock.loss) <= 2.5 * distance(stock.logits, exact.logits)
+    # Two results that each carry independent errors of one size are sqrt(2) of it apart.
+    far = {
+        what: (apart[what] ** 0.5 / 2, stocks[what] ** 0.5 / 2) for what in apart if apart[what] > 2.5**2 * stocks[what]
+    }
+    assert not far, far
 
 
 @pytest.mark.parametrize("autocast", [None, BF16])
@@ -165,9 +187,13 @@ def test_memory(checkpoint):
 @only_on_gpu
 @pytest.mark.skipif(BASE != "gptq", reason="a kernel of gptqmodel")
 def test_triton_kernel_in_evaluation_runs_stock():
+    """Without a backward: gptqmodel's own returns too few gradients (7.7.0)."""
     model = adapted(make()).eval()
-    new = reasons("llama.mlp")
-    fast, stock, counts = both(model, inputs_of(), autocast=BF16)
-    assert_counts(counts)
+    new, before = reasons("llama.mlp"), hits()
+    losses = []
+    for ids in (IDS, ()):
+        with patched(*ids or ("llama.rms_norm",)), torch.autocast(DEVICE, BF16):
+            losses.append(model(**{k: v.to(DEVICE) for k, v in inputs_of().items()}).loss.detach())
+    assert {k: v for k, v in hits().items() if k != "llama.rms_norm" and v != before[k]} == {}
     assert new() == {"TritonV2Linear in evaluation mode": LAYERS}
-    assert distance(fast.loss, stock.loss) < 0.01
+    assert distance(*losses) < 0.01
