@@ -258,7 +258,7 @@ def _numbers(row: Row | None) -> str:
     if row["status"] != "ok":
         return "out of memory" if row["status"] == "oom" else str(row["status"])
     memory = f", {row['allocated_gib']:.1f} GiB" if "allocated_gib" in row else ""
-    off = "" if row.get("parity", {"ok": True})["ok"] else " (loss differs)"
+    off = "" if row.get("parity", {"ok": True})["ok"] else " (parity off)"
     return f"{row['step_ms']['median']:.0f} ms{memory}{off}"
 
 

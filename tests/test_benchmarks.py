@@ -517,7 +517,7 @@ def test_readme_tables_come_from_the_results(written):
     text = readme.read_text()
     assert text.startswith("# Title\n") and text.endswith("\nend\n") and "old" not in text
     # the newest run with a stock row: neither the older one nor the rerun of fast alone
-    steps = "| 1026 ms, 25.6 GiB | 640 ms, 16.0 GiB | 874 ms, 21.9 GiB (loss differs) | absent | 563 ms |"
+    steps = "| 1026 ms, 25.6 GiB | 640 ms, 16.0 GiB | 874 ms, 21.9 GiB (parity off) | absent | 563 ms |"
     assert steps in text
     assert "| fast_unsloth_patch | 1.0e-04 | 2.0e-04 | 3.0e-04 |" in text
     assert "| - | 3.0 s | - | - |" in text
