@@ -20,7 +20,7 @@ from quantised_llama import (
     packed_layers,
     values,
 )
-from tiny_llama import assert_as_good, assert_same, batch, distance, llama, run
+from tiny_llama import batch, distance, llama, run
 from transformers import GPTQConfig, LlamaForCausalLM
 
 EVERY_LAYER = PROJECTIONS * LAYERS
@@ -99,16 +99,7 @@ def test_loaded_from_a_checkpoint(quantised, dtype):
 
 @pytest.mark.parametrize("name", ["lora_bias, reentrant, autocast", "rsLoRA, ranks, biases", "bf16"])
 def test_linears_alone(name, monkeypatch):
-    variant = VARIANTS[name]
-    model = adapted(gptq(**variant.base), checkpoint=variant.checkpoint, **variant.lora)
-    precise = variant.autocast is None and "dtype" not in variant.base
-    exact = None if precise else run(in_float64(model), batch(), use_cache=False)
-    fast, stock, got = cases.under_apply(monkeypatch, "peft.gptq", model, autocast=variant.autocast)
-    assert got == (EVERY_LAYER if variant.checkpoint is None else 2 * EVERY_LAYER, EVERY_LAYER, 0)
-    if exact is None:
-        assert_same(fast, stock)
-    else:
-        assert_as_good(fast, stock, exact)
+    cases.linears_alone(monkeypatch, "peft.gptq", VARIANTS[name], gptq(**VARIANTS[name].base))
 
 
 def test_children_of_several_kinds():

@@ -11,6 +11,8 @@ from quantised_llama import (
     BF16,
     IDS,
     LAYERS,
+    PROJECTIONS,
+    Variant,
     adapted,
     assert_counts,
     both,
@@ -22,7 +24,7 @@ from quantised_llama import (
     zero,
 )
 from test_fidelity import GRADIENT_SEEDS, WORST, Errors, inputs_of
-from tiny_llama import ALL, assert_same, batch, distance, layers_of, run
+from tiny_llama import ALL, assert_as_good, assert_same, batch, distance, layers_of, run
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AttentionInterface
@@ -208,6 +210,21 @@ def under_apply(monkeypatch, patch_id: str, model, **kwargs):
     stock = run(model, batch(), use_cache=False, **kwargs)
     assert fast_unsloth_patch.status()[patch_id].forward == row.forward
     return fast, stock, tuple(new - old for new, old in zip(after, before))
+
+
+def linears_alone(monkeypatch, patch_id: str, variant: Variant, base) -> None:
+    """``apply(only=...)`` without the parents: each layer by itself, and ``status`` counts it."""
+    model = adapted(base, checkpoint=variant.checkpoint, **variant.lora)
+    precise = variant.autocast is None and "dtype" not in variant.base
+    exact = None if precise else run(in_float64(model), batch(), use_cache=False)
+    fast, stock, got = under_apply(monkeypatch, patch_id, model, autocast=variant.autocast)
+    # Without the patch of checkpointing a recompute looks like another forward.
+    times = PROJECTIONS * LAYERS
+    assert got == (times if variant.checkpoint is None else 2 * times, times, 0)
+    if exact is None:
+        assert_same(fast, stock)
+    else:
+        assert_as_good(fast, stock, exact)
 
 
 # ---- memory

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Mapping
-from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -20,11 +19,9 @@ from tiny_llama import FP32, LAYERS, assert_as_good, assert_same, fallbacks, hit
 from torch import nn
 from transformers import LlamaForCausalLM
 
-# What takes part besides the loss, which the packed weights do not meet.
-IDS = ("llama.rms_norm", "llama.attention", "llama.mlp", "llama.checkpointing")
 LINEARS = ("peft.linear", "peft.linear4bit", "peft.gptq")
-# PEFT has its Linear4bit only where bitsandbytes is installed.
-IDS += tuple(name for name in LINEARS if name != "peft.linear4bit" or find_spec("bitsandbytes"))
+# What takes part besides the loss, which the packed weights do not meet.
+IDS = ("llama.rms_norm", "llama.attention", "llama.mlp", "llama.checkpointing", *LINEARS)
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 PROJECTIONS = 7
 Q_V = ["q_proj", "v_proj"]

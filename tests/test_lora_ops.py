@@ -13,7 +13,8 @@ import sys
 import pytest
 import torch
 
-from fast_unsloth_patch.ops._siblings import adapted, draw_masks, factors, flatten, operands
+from fast_unsloth_patch.ops._operands import adapted, factors, flatten, operands
+from fast_unsloth_patch.ops._siblings import draw_masks
 from fast_unsloth_patch.ops.dropout import draw_seed, dropout_bits
 from fast_unsloth_patch.ops.lora_linear import Adapter, Projection, lora_linear
 from fast_unsloth_patch.ops.lora_mlp import lora_mlp

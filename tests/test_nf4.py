@@ -212,6 +212,13 @@ def test_description_goes_stale(nested):
         assert not weight.describes(packed, state), name
         assert weight.identity() != Nf4Weight.of(packed, state).identity()
         setattr(holder, name, before)
+    assert weight.describes(packed, state) and not weight.describes(packed, None)
+    # The objects stay, what is in them gets another size: the kernel would read past its end.
+    for tensor in [packed, state.absmax, *([state.state2.absmax] if nested else [])]:
+        whole = tensor.data
+        tensor.data = whole[:-1]
+        assert not weight.describes(packed, state)
+        tensor.data = whole
     assert weight.describes(packed, state)
     before = weight.identity()
     packed.data = packed.clone()

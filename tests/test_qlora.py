@@ -20,7 +20,7 @@ from quantised_llama import (
     packed_layers,
     reasons,
 )
-from tiny_llama import assert_as_good, assert_same, batch, run
+from tiny_llama import batch, run
 
 pytest.importorskip("bitsandbytes")
 
@@ -79,19 +79,7 @@ def test_loaded_as(quant_type, double, storage, dtype, compute, autocast):
 
 @pytest.mark.parametrize("name", ["lora_bias, reentrant, autocast", "rsLoRA, ranks, biases", "bf16"])
 def test_linears_alone(name, monkeypatch):
-    """``apply(only=...)`` without the parents: each layer by itself, and ``status`` counts it."""
-    variant = VARIANTS[name]
-    model = adapted(nf4(**variant.base), checkpoint=variant.checkpoint, **variant.lora)
-    precise = variant.autocast is None and "dtype" not in variant.base
-    exact = None if precise else run(in_float64(model), batch(), use_cache=False)
-    fast, stock, got = cases.under_apply(monkeypatch, "peft.linear4bit", model, autocast=variant.autocast)
-    # Without the patch of checkpointing a recompute looks like another forward.
-    times = PROJECTIONS * LAYERS
-    assert got == (times if variant.checkpoint is None else 2 * times, times, 0)
-    if exact is None:
-        assert_same(fast, stock)
-    else:
-        assert_as_good(fast, stock, exact)
+    cases.linears_alone(monkeypatch, "peft.linear4bit", VARIANTS[name], nf4(**VARIANTS[name].base))
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, BF16])

@@ -7,7 +7,6 @@ import functools
 import importlib
 import os
 from contextlib import contextmanager, nullcontext
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fast_unsloth_patch.install import is_absent
 from fast_unsloth_patch.registry import MISSING, PATCHES
 from fast_unsloth_patch.status import tally
 
@@ -25,8 +25,6 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 LAYERS = 2
 # Relative to stock in float32: the fidelity contract.
 FP32 = 1e-5
-# Modules that cannot be imported without a package of their own.
-NEEDS = {"peft.tuners.lora.bnb": "bitsandbytes"}
 
 
 @contextmanager
@@ -35,7 +33,7 @@ def patched(*ids: str):
     saved = []
     try:
         for patch in PATCHES:
-            if patch.id not in (ids or FORWARDS) or (patch.module in NEEDS and not find_spec(NEEDS[patch.module])):
+            if patch.id not in (ids or FORWARDS) or is_absent(patch):
                 continue
             owner_name, attribute = patch.target.split(".")
             owner = getattr(importlib.import_module(patch.module), owner_name)

@@ -18,25 +18,20 @@ import torch
 from torch.autograd import Function
 
 from ._autograd import once_differentiable
-from ._siblings import (
+from ._operands import (
     Adapter,
-    Low,
     Parameters,
     Projection,
     check_width,
-    draw_masks,
     factors,
     flatten,
-    linear_forward,
     operands,
-    project_down,
     reads_input,
     resolve_dtypes,
     rows,
-    seed_for,
-    siblings_backward,
     without_autocast,
 )
+from ._siblings import Low, draw_masks, linear_forward, project_down, seed_for, siblings_backward
 
 __all__ = ["Adapter", "LoraLinear", "Projection", "lora_linear"]
 

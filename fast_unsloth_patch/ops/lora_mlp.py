@@ -27,36 +27,38 @@ from ..device.dispatch import use_triton
 from ..device.launch import jit, launch, tl
 from ._autograd import once_differentiable
 from ._low_rank_kernels import dropped, load_factor
-from ._siblings import (
+from ._operands import (
     TENSORS,
     Dtypes,
-    Low,
     OperandGrads,
     Operands,
     Parameters,
     Projection,
-    a_gradients,
     adapted,
-    b_gradients,
-    base_grads,
-    base_value,
     check_width,
-    down_gradient,
-    draw_masks,
     factors,
     flatten,
     keep_scale,
-    linear_forward,
-    on_input,
     one_dtype,
     operands,
-    project_down,
     reads_input,
     rows,
+    without_autocast,
+)
+from ._siblings import (
+    Low,
+    a_gradients,
+    b_gradients,
+    base_grads,
+    base_value,
+    down_gradient,
+    draw_masks,
+    linear_forward,
+    on_input,
+    project_down,
     seed_for,
     siblings_backward,
     siblings_forward,
-    without_autocast,
 )
 from .low_rank import expand, precision, rank_slots, widened
 

@@ -20,27 +20,22 @@ from torch.autograd import Function
 from ..device.dispatch import use_triton
 from ..device.launch import jit, launch, tl
 from ._autograd import once_differentiable
-from ._siblings import (
+from ._operands import (
     TENSORS,
-    Low,
     Operands,
     Parameters,
     Projection,
     adapted,
     check_width,
-    draw_masks,
     factors,
     flatten,
     one_dtype,
     operands,
-    project_down,
     reads_input,
     rows,
-    seed_for,
-    siblings_backward,
-    siblings_forward,
     without_autocast,
 )
+from ._siblings import Low, draw_masks, project_down, seed_for, siblings_backward, siblings_forward
 from .low_rank import layout_of, precision, rank_slots, widened
 from .rope import rope
 

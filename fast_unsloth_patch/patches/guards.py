@@ -54,6 +54,18 @@ def blocked(module: nn.Module, x: object) -> str | None:
     return unsupported(x)
 
 
+def holder_of(module: nn.Module, name: str) -> dict:
+    """The dict in which the attribute ``name`` of ``module``, a parameter, is found, in Python's order.
+
+    FSDP1 replaces the parameters of a gathered unit by plain tensors in ``__dict__``: from forward to backward with
+    ``use_orig_params=False``, and with True in the backward pass, where checkpointing recomputes. (In the forward pass
+    they are in ``_parameters`` besides.) A recompute that looked there alone would not take the path of its forward.
+    The replicas of ``nn.DataParallel`` have plain tensors too, and stay stock.
+    """
+    state = module.__dict__
+    return state if name in state and "_is_replica" not in state else state["_parameters"]
+
+
 def cache_argument(stock: Callable) -> str:
     """What ``stock`` calls its key-value cache: ``"past_key_values"``, from transformers 5.24 on ``"cache"``.
 

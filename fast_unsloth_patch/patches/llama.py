@@ -22,7 +22,8 @@ from ..ops.lora_qkv import lora_qkv
 from ..ops.rms_norm import rms_norm
 from ..status import tally
 from . import checkpointing, guards
-from .plan import Plan, children_plan, holder_of
+from .guards import holder_of
+from .plan import Plan, children_plan
 
 _RMS_NORM = tally("llama.rms_norm")
 _ATTENTION = tally("llama.attention")

@@ -17,6 +17,7 @@ from torch import nn
 from ..weights import FrozenWeight, WeightLayoutError, gptq, nf4
 from ..weights.gptq import GPTQWeight
 from ..weights.nf4 import Nf4Weight
+from .guards import holder_of
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # To make one waits for the GPU: kept while the module lives, beside it and not in it, where copies would take it along.
@@ -65,11 +66,6 @@ def describe(
     return None
 
 
-def _holder(state: dict[str, Any], name: str) -> dict[str, Any]:
-    # Where FSDP1 puts the parameters of a gathered unit; see plan.holder_of.
-    return state if name in state else state["_parameters"]
-
-
 def _quant_state(param: torch.Tensor, state: dict[str, Any]) -> Any:
     # Inside FSDP2's forward the parameter is a plain one, without its state.
     own = getattr(param, "quant_state", None)
@@ -82,8 +78,10 @@ def _linear4bit(
     state = module.__dict__
     if not state.get("compute_type_is_set", False):
         return "compute dtype not set yet"  # the stock forward takes it from its first input
-    weights, biases = _holder(state, "weight"), _holder(state, "bias")
+    weights, biases = holder_of(module, "weight"), holder_of(module, "bias")
     param, bias = weights.get("weight"), biases.get("bias")
+    if param is None:
+        return "weight is no parameter"
     if not isinstance(param, torch.Tensor) or type(param).__name__ not in ("Params4bit", "Parameter", "Tensor"):
         return f"{type(param).__name__} weight"
     if param.device != device:

@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..ops.lora_linear import Adapter, Projection
 from . import packed
+from .guards import holder_of
 
 _KEY = "_fast_unsloth_plan"
 _FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -365,18 +366,6 @@ def _dropout_reason(dropout: nn.Module) -> str | None:
     if dropout.inplace:
         return "dropout in place"
     return "dropout of everything" if _dropout_p(dropout.__dict__) >= 1.0 else None
-
-
-def holder_of(module: nn.Module, name: str) -> dict:
-    """The dict in which the attribute ``name`` of ``module``, a parameter, is found, in Python's order.
-
-    FSDP1 replaces the parameters of a gathered unit by plain tensors in ``__dict__``: from forward to backward with
-    ``use_orig_params=False``, and with True in the backward pass, where checkpointing recomputes. (In the forward pass
-    they are in ``_parameters`` besides.) A recompute that looked there alone would not take the path of its forward.
-    The replicas of ``nn.DataParallel`` have plain tensors too, and stay stock.
-    """
-    state = module.__dict__
-    return state if name in state and "_is_replica" not in state else state["_parameters"]
 
 
 def _add_base(plan: Plan, label: str, holder: dict, key: str, kind: str, *, fused: bool) -> _Leaf | packed.Base | str:

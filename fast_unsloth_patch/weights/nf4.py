@@ -232,7 +232,7 @@ class Nf4Weight(NamedTuple):
             dtype or quant_state.dtype,
             packed.device,
             direct,
-            _sizes(packed, quant_state.absmax),
+            _sizes(packed, quant_state.absmax, None if nested is None else nested.absmax),
         )
 
     def dequantize(
@@ -297,7 +297,7 @@ class Nf4Weight(NamedTuple):
             packed is not self.packed
             or quant_state is None
             or quant_state.absmax is not self.absmax
-            or _sizes(packed, self.absmax) != self.sizes
+            or _sizes(packed, self.absmax, None if nested is None else nested.absmax) != self.sizes
             or quant_state.dtype is not self.stored_dtype
             or quant_state.shape != self.shape
             or quant_state.blocksize != self.blocksize
@@ -334,8 +334,9 @@ class Nf4Weight(NamedTuple):
         )
 
 
-def _sizes(packed: Tensor, absmax: Tensor) -> tuple[Any, ...]:
-    return packed.dtype, packed.numel(), packed.device, absmax.numel(), absmax.device
+def _sizes(packed: Tensor, absmax: Tensor, absmax2: Tensor | None) -> tuple[Any, ...]:
+    second = 0 if absmax2 is None else absmax2.numel()
+    return packed.dtype, packed.numel(), packed.device, absmax.numel(), absmax.device, second
 
 
 def layout_problem(packed: Tensor, quant_state: Any) -> str | None:
