@@ -265,14 +265,14 @@ def _install_one(patch: Patch, module: Any) -> str | None:
     with _lock:
         if vars(owner).get(attribute, MISSING) is stock and _chosen(patch):
             _state.records = [r for r in _state.records if not (r.patch.id == patch.id and r.owner is owner)]
-            setattr(owner, attribute, new)
+            new = put(cast("type", owner), attribute, new)
             _state.records.append(_Record(patch, cast("type", owner), attribute, stock, new))
     return None
 
 
 def _build(patch: Patch, stock: Any) -> Any:
     module_name, _, builder = patch.replacement.partition(":")
-    new = getattr(importlib.import_module(module_name), builder)(stock)
+    new = getattr(importlib.import_module(module_name), builder)(stock, tally(patch.id))
     expected = property if patch.kind == "checkpoint_property" else FunctionType
     if type(new) is not expected:
         raise TypeError(f"{patch.replacement} built a {type(new).__name__}, not a {expected.__name__}")
@@ -280,6 +280,21 @@ def _build(patch: Patch, stock: Any) -> Any:
         functools.update_wrapper(cast("FunctionType", new), stock)
         setattr(new, MARK, patch.id)
     return new
+
+
+def put(owner: type, attribute: str, new: Any) -> Any:
+    """Set ``owner.attribute``; returns what is there then.
+
+    From 5.23 on transformers checkpoints a decoder layer in a wrapper that it puts round ``forward`` when the class is
+    made. A forward that is set later needs it too, or checkpointing ends without a word.
+    """
+    setattr(owner, attribute, new)
+    layer = getattr(sys.modules.get("transformers.modeling_layers"), "GradientCheckpointingLayer", None)
+    if attribute == "forward" and layer is not None and issubclass(owner, layer):
+        wrap = vars(layer).get("__init_subclass__")
+        if wrap is not None:
+            wrap.__func__(owner)
+    return vars(owner)[attribute]
 
 
 def _restore(which: Callable[[_Record], bool]) -> list[str]:

@@ -31,8 +31,10 @@ class Patch:
         id: ``"family.name"``, as ``only`` and ``exclude`` take it.
         module: the leaf module whose import triggers the swap (never a package: those are lazy and get replaced).
         target: ``"Class.attribute"`` in it.
-        replacement: ``"package.module:builder"``; ``builder(stock)`` gets the saved attribute and returns the new one.
-        kind: ``"forward"``: a function of the class itself; the new one is dressed by ``functools.wraps(stock)``.
+        replacement: ``"package.module:builder"``; ``builder(stock, tally)`` gets the saved attribute and the patch's counters,
+            and returns the new one.
+        kind: ``"forward"``: a function of the class itself; the new one is dressed by ``functools.wraps(stock)``, and on
+            a layer that transformers checkpoints in its forward (from 5.23 on) wrapped as the stock one was.
             ``"checkpoint_property"``: an attribute of instances; the builder gets :data:`MISSING` unless the class
             defines it, and returns a property. Its module has ``set_policy(recompute)``.
         requires: distributions whose installed version must lie in the window of ``compat.py``.
@@ -54,73 +56,74 @@ class Patch:
     summary: str = ""
 
 
-_LLAMA = "transformers.models.llama.modeling_llama"
 _PATCHES = "fast_unsloth_patch.patches"
 
+
+def _decoder(family: str, prefix: str, attention: str) -> tuple[Patch, ...]:
+    """The rows of a family that is written like Llama: ``attention`` is the builder of its attention's forward."""
+
+    def row(name: str, target: str, builder: str, parameters: str, summary: str) -> Patch:
+        return Patch(
+            id=f"{family}.{name}",
+            module=f"transformers.models.{family}.modeling_{family}",
+            target=f"{prefix}{target}",
+            replacement=f"{_PATCHES}.{builder}",
+            kind="forward" if parameters else "checkpoint_property",
+            requires=("torch", "transformers"),
+            parameters=tuple(parameters.split()),
+            summary=summary,
+        )
+
+    return (
+        row(
+            "rms_norm",
+            "RMSNorm.forward",
+            "decoder:rms_norm_forward",
+            "self hidden_states",
+            "RMSNorm in one kernel, without an fp32 copy of the activations",
+        ),
+        row(
+            "attention",
+            "Attention.forward",
+            f"decoder:{attention}",
+            "self hidden_states position_embeddings attention_mask past_key_values|cache kwargs",
+            "q, k, v with their LoRA and RoPE as one op",
+        ),
+        row(
+            "mlp",
+            "MLP.forward",
+            "decoder:mlp_forward",
+            "self x",
+            "gate, up, SwiGLU and down with their LoRA as one op",
+        ),
+        row(
+            "loss",
+            "ForCausalLM.forward",
+            "causal_lm:causal_lm_forward",
+            "self input_ids attention_mask position_ids past_key_values|cache inputs_embeds labels use_cache "
+            "logits_to_keep kwargs",
+            "loss without materialised logits",
+        ),
+        row(
+            "decoder_layer",
+            "DecoderLayer.forward",
+            "decoder:decoder_layer_forward",
+            "self hidden_states attention_mask position_ids past_key_values|cache use_cache position_embeddings kwargs",
+            "each residual addition in one pass with its norm or the MLP",
+        ),
+        row(
+            "checkpointing",
+            "DecoderLayer._gradient_checkpointing_func",
+            "checkpointing:checkpointing_func",
+            "",
+            "recompute under gradient checkpointing leaves out what nothing reads",
+        ),
+    )
+
+
 PATCHES: tuple[Patch, ...] = (
-    Patch(
-        id="llama.rms_norm",
-        module=_LLAMA,
-        target="LlamaRMSNorm.forward",
-        replacement=f"{_PATCHES}.llama:rms_norm_forward",
-        requires=("torch", "transformers"),
-        parameters=("self", "hidden_states"),
-        summary="RMSNorm in one kernel, without an fp32 copy of the activations",
-    ),
-    Patch(
-        id="llama.attention",
-        module=_LLAMA,
-        target="LlamaAttention.forward",
-        replacement=f"{_PATCHES}.llama:attention_forward",
-        requires=("torch", "transformers"),
-        parameters=(
-            "self",
-            "hidden_states",
-            "position_embeddings",
-            "attention_mask",
-            "past_key_values|cache",
-            "kwargs",
-        ),
-        summary="q, k, v with their LoRA and RoPE as one op",
-    ),
-    Patch(
-        id="llama.mlp",
-        module=_LLAMA,
-        target="LlamaMLP.forward",
-        replacement=f"{_PATCHES}.llama:mlp_forward",
-        requires=("torch", "transformers"),
-        parameters=("self", "x"),
-        summary="gate, up, SwiGLU and down with their LoRA as one op",
-    ),
-    Patch(
-        id="llama.loss",
-        module=_LLAMA,
-        target="LlamaForCausalLM.forward",
-        replacement=f"{_PATCHES}.causal_lm:causal_lm_forward",
-        requires=("torch", "transformers"),
-        parameters=(
-            "self",
-            "input_ids",
-            "attention_mask",
-            "position_ids",
-            "past_key_values|cache",
-            "inputs_embeds",
-            "labels",
-            "use_cache",
-            "logits_to_keep",
-            "kwargs",
-        ),
-        summary="loss without materialised logits",
-    ),
-    Patch(
-        id="llama.checkpointing",
-        module=_LLAMA,
-        target="LlamaDecoderLayer._gradient_checkpointing_func",
-        replacement=f"{_PATCHES}.checkpointing:checkpointing_func",
-        kind="checkpoint_property",
-        requires=("torch", "transformers"),
-        summary="recompute under gradient checkpointing leaves out what nothing reads",
-    ),
+    *_decoder("llama", "Llama", "attention_forward"),
+    *_decoder("mistral", "Mistral", "windowed_attention_forward"),
     Patch(
         id="peft.linear",
         module="peft.tuners.lora.layer",
@@ -134,7 +137,7 @@ PATCHES: tuple[Patch, ...] = (
         id="peft.linear4bit",
         module="peft.tuners.lora.bnb",
         target="Linear4bit.forward",
-        replacement=f"{_PATCHES}.peft_linear:linear4bit_forward",
+        replacement=f"{_PATCHES}.peft_linear:linear_forward",
         requires=("torch", "peft"),
         parameters=("self", "x", "args", "kwargs"),
         optional="bitsandbytes",
@@ -144,7 +147,7 @@ PATCHES: tuple[Patch, ...] = (
         id="peft.gptq",
         module="peft.tuners.lora.gptq",
         target="GPTQLoraLinear.forward",
-        replacement=f"{_PATCHES}.peft_linear:gptq_forward",
+        replacement=f"{_PATCHES}.peft_linear:linear_forward",
         requires=("torch", "peft"),
         parameters=("self", "x"),
         summary="the same over gptqmodel's GPTQ weights",

@@ -25,9 +25,11 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from fast_unsloth_patch.errors import PatchUnavailableError
 from fast_unsloth_patch.patches import checkpointing
+from fast_unsloth_patch.status import tally
 from fast_unsloth_patch.switch import disabled, stock_only
 
 NAME = "_gradient_checkpointing_func"
+TALLY = tally("llama.checkpointing")
 SITES = [site for site in os.environ.get("FAST_UNSLOTH_TEST_SITES", "").split(os.pathsep) if site]
 # What the stand-in records, one entry a call.
 NEEDED, RECOMPUTED, LEFT_OUT, STOCK = "needed", "recomputed", "left out", "stock"
@@ -80,7 +82,7 @@ class Patched:
             return _Mlp.apply(x, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight, not unused)
 
         LlamaMLP.forward = forward
-        setattr(LlamaDecoderLayer, NAME, checkpointing.checkpointing_func(None))
+        setattr(LlamaDecoderLayer, NAME, checkpointing.checkpointing_func(None, TALLY))
 
     def unapply(self):
         if NAME in LlamaDecoderLayer.__dict__:
@@ -491,22 +493,21 @@ class TestRegions:
         assert patched.take() == [STOCK] * 4
 
     def test_counts(self, model):
-        tally = checkpointing._TALLY
-        forward, recomputed, reasons = tally.forward, tally.recomputed, dict(tally.fallbacks)
+        forward, recomputed, reasons = TALLY.forward, TALLY.recomputed, dict(TALLY.fallbacks)
 
         def told():
-            return {r: n - reasons.get(r, 0) for r, n in tally.fallbacks.items() if n != reasons.get(r, 0)}
+            return {r: n - reasons.get(r, 0) for r, n in TALLY.fallbacks.items() if n != reasons.get(r, 0)}
 
         gradients(model)
-        assert (tally.forward - forward, tally.recomputed - recomputed, told()) == (2, 2, {})
+        assert (TALLY.forward - forward, TALLY.recomputed - recomputed, told()) == (2, 2, {})
         with model.model.layers[0].register_forward_hook(lambda *_: None):
             gradients(model)
-        assert (tally.forward - forward, tally.recomputed - recomputed) == (4, 4)
+        assert (TALLY.forward - forward, TALLY.recomputed - recomputed) == (4, 4)
         assert told() == {"hooks on the layer": 1}
         with disabled():
             loss = loss_of(model)
         loss.backward()
-        assert (tally.forward - forward, tally.recomputed - recomputed) == (4, 4)
+        assert (TALLY.forward - forward, TALLY.recomputed - recomputed) == (4, 4)
         assert told() == {"hooks on the layer": 1, "disabled": 4}
 
 
@@ -562,7 +563,7 @@ class TestAttribute:
 
         patched.apply()
         wanted = gradients(build(1))
-        setattr(LlamaDecoderLayer, NAME, checkpointing.checkpointing_func(class_level))
+        setattr(LlamaDecoderLayer, NAME, checkpointing.checkpointing_func(class_level, TALLY))
         model = build(1)
         model.model.layers[0].gradient_checkpointing = True
         patched.take()
@@ -571,7 +572,7 @@ class TestAttribute:
 
     def test_declines_another_librarys_property(self):
         with pytest.raises(PatchUnavailableError, match="property"):
-            checkpointing.checkpointing_func(property(lambda self: checkpoint))
+            checkpointing.checkpointing_func(property(lambda self: checkpoint), TALLY)
 
 
 def test_policy_is_checked():

@@ -12,7 +12,7 @@ import torch
 
 from fast_unsloth_patch.device.dispatch import use_triton
 from fast_unsloth_patch.ops import rms_norm as module
-from fast_unsloth_patch.ops.rms_norm import rms_norm
+from fast_unsloth_patch.ops.rms_norm import residual_rms_norm, rms_norm
 from fast_unsloth_patch.reference import rms_norm_ref
 from fast_unsloth_patch.status import Tally, tally
 
@@ -169,6 +169,60 @@ def test_only_what_is_needed(device):
     (dw,) = torch.autograd.grad(rms_norm(x.detach(), weight, EPS), weight, dy)
     assert_close(dx, want[1])
     assert_close(dw, want[2])
+
+
+RESIDUALS = [
+    (*shape, *pair, given)
+    for shape, pair, given in (
+        (SHAPES[0], PAIRS[0], "both"),
+        (SHAPES[1], PAIRS[0], "both"),
+        (SHAPES[2], PAIRS[3], "both"),
+        (SHAPES[0], PAIRS[2], "both"),
+        (SHAPES[4], PAIRS[1], "both"),
+        (SHAPES[0], PAIRS[0], "normed"),
+        (SHAPES[0], PAIRS[0], "summed"),
+    )
+]
+
+
+@pytest.mark.parametrize(("shape", "layout", "dtype", "weight_dtype", "given"), RESIDUALS)
+@pytest.mark.parametrize("delta_dtype", [None, "same", torch.float32])
+@pytest.mark.parametrize("device", DEVICES)
+def test_residual(device, shape, layout, dtype, weight_dtype, given, delta_dtype, poisoned_empty):
+    """``summed = x + delta`` and its norm, with a gradient to both results, or to one."""
+    x, weight = inputs(shape, dtype, weight_dtype, device, layout)
+    delta = None
+    if delta_dtype is not None:
+        kind = dtype if delta_dtype == "same" else delta_dtype
+        delta = strided(layout, torch.randn(shape, device=device).to(kind)).detach().requires_grad_()
+    wanted = [t for t in (x, delta, weight) if t is not None]
+    y, summed = residual_rms_norm(x, delta, weight, EPS)
+    kind = dtype if delta is None else torch.promote_types(dtype, delta.dtype)
+    assert summed.dtype == kind and y.dtype == torch.promote_types(kind, weight_dtype) and y.is_contiguous()
+
+    exact = [t.detach().double().requires_grad_() for t in wanted]
+    # What is normed is the rounded sum, as in stock.
+    added = exact[0] if delta is None else exact[0] + exact[1]
+    added = added + (summed.detach().double() - added.detach())
+    want = rms_norm_ref(added, exact[-1], EPS), added
+    assert torch.equal(summed, x if delta is None else x + delta)
+    assert (y.double() - want[0]).norm() <= max(tolerance(kind), tolerance(y.dtype)) * want[0].norm()
+
+    which = {"both": (0, 1), "normed": (0,), "summed": (1,)}[given]
+    grads = [torch.randn(shape, device=device).to((y, summed)[i].dtype) for i in which]
+    got = torch.autograd.grad([(y, summed)[i] for i in which], wanted, grads, allow_unused=True)
+    want_grads = torch.autograd.grad([want[i] for i in which], exact, [g.double() for g in grads], allow_unused=True)
+    for name, a, b, t in zip(("x", "delta", "weight"), got, want_grads, wanted):
+        assert (a is None) == (b is None), name
+        if a is not None:
+            assert a.dtype == t.dtype
+            error = (a.double() - b).norm() / b.norm()
+            assert error <= 2 * max(tolerance(dtype), tolerance(weight_dtype), tolerance(a.dtype)), (name, error)
+
+
+def test_residual_of_another_shape():
+    with pytest.raises(ValueError, match=r"delta is \(8,\), expected the shape of x, \(2, 8\)"):
+        residual_rms_norm(torch.zeros(2, 8), torch.zeros(8), torch.ones(8), EPS)
 
 
 @pytest.mark.parametrize("device", DEVICES)

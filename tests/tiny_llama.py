@@ -15,11 +15,18 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fast_unsloth_patch.install import is_absent
+from fast_unsloth_patch.install import is_absent, put
 from fast_unsloth_patch.registry import MISSING, PATCHES
 from fast_unsloth_patch.status import tally
 
-FORWARDS = ("llama.rms_norm", "llama.attention", "llama.mlp", "llama.checkpointing", "peft.linear")
+FORWARDS = (
+    "llama.rms_norm",
+    "llama.attention",
+    "llama.mlp",
+    "llama.decoder_layer",
+    "llama.checkpointing",
+    "peft.linear",
+)
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Decoder layers of a tiny model.
 LAYERS = 2
@@ -39,8 +46,8 @@ def patched(*ids: str):
             owner = getattr(importlib.import_module(patch.module), owner_name)
             stock = owner.__dict__.get(attribute, MISSING)
             module, builder = patch.replacement.split(":")
-            new = getattr(importlib.import_module(module), builder)(stock)
-            setattr(owner, attribute, functools.wraps(stock)(new) if patch.kind == "forward" else new)
+            new = getattr(importlib.import_module(module), builder)(stock, tally(patch.id))
+            put(owner, attribute, functools.wraps(stock)(new) if patch.kind == "forward" else new)
             saved.append((owner, attribute, stock))
         yield
     finally:

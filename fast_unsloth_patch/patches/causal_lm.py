@@ -1,4 +1,4 @@
-"""LlamaForCausalLM in training: the loss straight from the hidden states, logits only for whoever looks at them.
+"""``*ForCausalLM`` in training: the loss straight from the hidden states, logits only for whoever looks at them.
 
 The base model runs as always. Instead of ``lm_head`` and ``ForCausalLMLoss`` comes `ops.linear_cross_entropy`, and the
 output, which is Hugging Face's own class, carries `lazy_logits` as its logits. Everything but training with labels is
@@ -9,6 +9,7 @@ TRL's trainers put their own loss head on the *instance*, so they never come her
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,11 +19,10 @@ from transformers.loss import loss_utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..ops.linear_cross_entropy import compute_dtype, linear_cross_entropy, prepare_labels
-from ..status import tally
+from ..status import Tally
 from . import guards
 from .lazy_logits import lazy_logits, reads_logits
 
-_TALLY = tally("llama.loss")
 # As they were when this module was imported: a library that replaces either has its own loss in mind.
 _STOCK_LOSS = loss_utils.ForCausalLMLoss
 _STOCK_CROSS_ENTROPY = loss_utils.fixed_cross_entropy
@@ -125,11 +125,12 @@ def _why_stock_head(hidden: torch.Tensor, weight: torch.Tensor, n_labels: int) -
     return None
 
 
-def causal_lm_forward(stock):
-    """Build the forward that stands for ``LlamaForCausalLM.forward``.
+def causal_lm_forward(stock: Callable, tally: Tally) -> Callable:
+    """Build the forward that stands for ``LlamaForCausalLM.forward`` or a like family's.
 
     Args:
         stock: the saved forward, with its decorators.
+        tally: counters of the patch.
     Returns:
         A function of the same parameters. In training with labels it returns the loss of `linear_cross_entropy` and
         logits that are computed on access, with ``return_dict=False`` as a tuple; in all other cases it returns what
@@ -155,7 +156,7 @@ def causal_lm_forward(stock):
             cache = by_old_name
         reason = _why_stock(self, labels, logits_to_keep, kwargs)
         if reason is not None:
-            _TALLY.fall_back(reason)
+            tally.fall_back(reason)
             return stock(
                 self,
                 input_ids,
@@ -193,18 +194,18 @@ def causal_lm_forward(stock):
         hidden = outputs.last_hidden_state
         reason = _why_stock_head(hidden, head.weight, kept.total)
         if reason is None:
-            _TALLY.hit()
+            tally.hit()
             loss = linear_cross_entropy(
                 hidden.flatten(0, 1),
                 head.weight,
                 None,
                 num_items=kwargs.get("num_items_in_batch"),
                 kept=kept,
-                tally=_TALLY,
+                tally=tally,
             )
             logits = lazy_logits(self, hidden, head.weight, compute_dtype(hidden))
         else:
-            _TALLY.fall_back(reason)
+            tally.fall_back(reason)
             logits = head(hidden)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         output = CausalLMOutputWithPast(

@@ -42,10 +42,8 @@ from torch.nn.modules import module as _module_globals
 from torch.utils import checkpoint as _torch_checkpoint
 
 from ..errors import PatchUnavailableError
-from ..status import tally
+from ..status import Tally
 from ..switch import _STOCK
-
-_TALLY = tally("llama.checkpointing")
 
 _NAME = "_gradient_checkpointing_func"
 _POLICIES = ("full", "stock")
@@ -103,17 +101,20 @@ def output_unused(module: nn.Module) -> bool:
         return False
     reason = region.why_complete(module)
     if reason is not None:
-        _TALLY.fall_back(reason)
+        region.tally.fall_back(reason)
     return reason is None
 
 
 class _Region:
     """One checkpointed call of one layer: the function that torch runs in the forward and again in each recompute."""
 
-    __slots__ = ("called", "checkpoint", "function", "layer", "stock")
+    __slots__ = ("called", "checkpoint", "function", "layer", "stock", "tally")
 
-    def __init__(self, layer: nn.Module, checkpoint: Callable[..., Any], function: Callable[..., Any]) -> None:
+    def __init__(
+        self, layer: nn.Module, checkpoint: Callable[..., Any], function: Callable[..., Any], tally: Tally
+    ) -> None:
         self.layer = layer
+        self.tally = tally
         self.checkpoint = checkpoint
         self.function = function
         self.called = False
@@ -123,9 +124,9 @@ class _Region:
         if not recompute:
             self.stock = _STOCK.get()
         if self.stock:
-            _TALLY.fall_back("disabled")
+            self.tally.fall_back("disabled")
         else:
-            _TALLY.hit(recompute)
+            self.tally.hit(recompute)
         if not recompute and _RECOMPUTED.get() is None:
             return self.function(*args, **kwargs)
         stock_token = _STOCK.set(self.stock)
@@ -158,14 +159,15 @@ class _Checkpointed:
     Attributes (``keywords`` of a partial, say) are the script's function's. Pickles as that function, without us.
     """
 
-    __slots__ = ("checkpoint", "layer")
+    __slots__ = ("checkpoint", "layer", "tally")
 
-    def __init__(self, layer: nn.Module, checkpoint: Callable[..., Any]) -> None:
+    def __init__(self, layer: nn.Module, checkpoint: Callable[..., Any], tally: Tally) -> None:
+        self.tally = tally
         self.layer = layer
         self.checkpoint = checkpoint
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.checkpoint(_Region(self.layer, self.checkpoint, function), *args, **kwargs)
+        return self.checkpoint(_Region(self.layer, self.checkpoint, function, self.tally), *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.checkpoint, name)
@@ -174,7 +176,7 @@ class _Checkpointed:
         return partial, (self.checkpoint,)
 
 
-def checkpointing_func(stock: object) -> property:
+def checkpointing_func(stock: object, tally: Tally) -> property:
     """Build the property that stands for ``_gradient_checkpointing_func`` on a decoder-layer class.
 
     The script's own function stays in the instance's ``__dict__`` under the same name, where Hugging Face puts it: set
@@ -184,6 +186,7 @@ def checkpointing_func(stock: object) -> property:
 
     Args:
         stock: the class attribute of that name; what is neither callable nor a descriptor stands for "there is none".
+        tally: counters of the patch.
     Returns:
         The property. It raises ``AttributeError`` while checkpointing was never enabled, as the stock attribute does.
     Raises:
@@ -205,9 +208,9 @@ def checkpointing_func(stock: object) -> property:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {_NAME!r}") from None
             checkpoint = stock if bind is None else bind(stock, self, type(self))
         if torch.compiler.is_compiling():
-            _TALLY.fall_back("compiling")
+            tally.fall_back("compiling")
             return checkpoint
-        return _Checkpointed(self, checkpoint)
+        return _Checkpointed(self, checkpoint, tally)
 
     def set_(self: Any, value: Any) -> None:
         # What a script reads from one layer and writes to another is ours: keep its own.

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn.modules import module as _nn_module
 
 from ..device.dispatch import unsupported
 from ..switch import KEEP_STOCK_FLAG, stock_only
@@ -64,6 +65,28 @@ def holder_of(module: nn.Module, name: str) -> dict:
     """
     state = module.__dict__
     return state if name in state and "_is_replica" not in state else state["_parameters"]
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs more than the forward of its class."""
+    state = module.__dict__
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    )
+
+
+def hooked_globally() -> bool:
+    """Whether calling any module does."""
+    return bool(
+        _nn_module._global_forward_hooks
+        or _nn_module._global_forward_pre_hooks
+        or _nn_module._global_backward_hooks
+        or _nn_module._global_backward_pre_hooks
+    )
 
 
 def cache_argument(stock: Callable) -> str:

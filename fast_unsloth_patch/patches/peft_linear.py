@@ -6,33 +6,19 @@ import sys
 from collections.abc import Callable
 
 from ..ops.lora_linear import lora_linear
-from ..status import Tally, tally
+from ..status import Tally
 from . import checkpointing, guards
 from .plan import self_plan
 
 
-def linear_forward(stock: Callable) -> Callable:
-    """Of ``lora.Linear``."""
-    return _forward(stock, "Linear", tally("peft.linear"))
-
-
-def linear4bit_forward(stock: Callable) -> Callable:
-    """Of ``lora.bnb.Linear4bit``: the base in bitsandbytes' compute dtype, the result in the input's."""
-    return _forward(stock, "Linear4bit", tally("peft.linear4bit"))
-
-
-def gptq_forward(stock: Callable) -> Callable:
-    """Of ``lora.gptq.GPTQLoraLinear``."""
-    return _forward(stock, "GPTQLoraLinear", tally("peft.gptq"))
-
-
-def _forward(stock: Callable, class_name: str, counter: Tally) -> Callable:
+def linear_forward(stock: Callable, tally: Tally) -> Callable:
     """``x W^T + bias + scaling * (dropout(x) A^T) B^T (+ scaling * lora_bias)`` as one op.
 
-    A layer that a patched attention or MLP has inlined does not come here. Subclasses that inherit this forward
+    Of ``lora.Linear``, ``lora.bnb.Linear4bit`` (the base in bitsandbytes' compute dtype, the result in the input's) and
+    ``lora.gptq.GPTQLoraLinear``. A layer that a patched attention or MLP has inlined does not come here. Subclasses that inherit this forward
     (torchao's) and calls with PEFT's extra arguments (mixed batches) run stock.
     """
-    kind = getattr(sys.modules[stock.__module__], class_name)
+    kind = getattr(sys.modules[stock.__module__], stock.__qualname__.partition(".")[0])
 
     def forward(self, x, *args, **kwargs):
         reason = guards.blocked(self, x)
@@ -42,9 +28,9 @@ def _forward(stock: Callable, class_name: str, counter: Tally) -> Callable:
             reason = "mixed batch" if kwargs.get("adapter_names") is not None else "extra arguments"
         plan = self_plan(self, x) if reason is None else reason
         if isinstance(plan, str):
-            counter.fall_back(plan)
+            tally.fall_back(plan)
             return stock(self, x, *args, **kwargs)
-        counter.hit(checkpointing.recomputing())
-        return lora_linear(x, plan.projections[0], tally=counter)
+        tally.hit(checkpointing.recomputing())
+        return lora_linear(x, plan.projections[0], tally=tally)
 
     return forward

@@ -26,14 +26,18 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rms_norm_fwd_ref(x, weight, eps)[0]
 
 
-def rms_norm_bwd_ref(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def rms_norm_bwd_ref(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dsum: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Gradients of `rms_norm_ref`: with ``n = x rstd`` and ``g = dy weight``, in the accumulation dtype,
 
-    ``dx = rstd (g - n mean(g n))`` and ``dweight = sum_T dy n.to(x.dtype)``.
+    ``dx = rstd (g - n mean(g n)) (+ dsum)`` and ``dweight = sum_T dy n.to(x.dtype)``.
     """
     xhat = x.to(rstd.dtype) * rstd
     dyf = dy.to(rstd.dtype)
     g = dyf * weight.to(rstd.dtype)
     dx = rstd * (g - xhat * (g * xhat).mean(-1, keepdim=True))
+    if dsum is not None:
+        dx = dx + dsum
     dweight = (dyf * xhat.to(x.dtype)).flatten(0, -2).sum(0)
     return dx.to(x.dtype), dweight.to(weight.dtype)
