@@ -31,10 +31,10 @@ class Patch:
         id: ``"family.name"``, as ``only`` and ``exclude`` take it.
         module: the leaf module whose import triggers the swap (never a package: those are lazy and get replaced).
         target: ``"Class.attribute"`` in it.
-        replacement: ``"package.module:builder"``; ``builder(stock, tally)`` gets the saved attribute and the patch's counters,
-            and returns the new one.
-        kind: ``"forward"``: a function of the class itself; the new one is dressed by ``functools.wraps(stock)``, and on
-            a layer that transformers checkpoints in its forward (from 5.23 on) wrapped as the stock one was.
+        replacement: ``"package.module:builder"``; ``builder(stock, tally)`` gets the saved attribute and the patch's
+            counters, and returns the new one.
+        kind: ``"forward"``: a function of the class itself; the new one is dressed by ``functools.wraps(stock)``, and
+            on a layer that transformers checkpoints in its forward (from 5.23 on) wrapped as the stock one was.
             ``"checkpoint_property"``: an attribute of instances; the builder gets :data:`MISSING` unless the class
             defines it, and returns a property. Its module has ``set_policy(recompute)``.
         requires: distributions whose installed version must lie in the window of ``compat.py``.

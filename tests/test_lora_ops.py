@@ -13,12 +13,14 @@ import sys
 import pytest
 import torch
 
+from fast_unsloth_patch.ops import _siblings
 from fast_unsloth_patch.ops._operands import adapted, factors, flatten, operands
 from fast_unsloth_patch.ops._siblings import draw_masks
 from fast_unsloth_patch.ops.dropout import draw_seed, dropout_bits
 from fast_unsloth_patch.ops.lora_linear import Adapter, Projection, lora_linear
 from fast_unsloth_patch.ops.lora_mlp import lora_mlp
 from fast_unsloth_patch.ops.lora_qkv import lora_qkv
+from fast_unsloth_patch.ops.rms_norm import residual_rms_norm
 from fast_unsloth_patch.reference.lora import lora_linear_ref, lora_mlp_ref, lora_qkv_ref, unpack_dropout_bits
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -370,6 +372,65 @@ def test_an_input_that_backward_does_not_read_is_not_kept():
     # Older torch clears a node with its last output, so they are held.
     y, y_adapted = lora_linear(x, frozen), lora_linear(x, adapted)
     assert y.grad_fn.saved_tensors[0] is None and y_adapted.grad_fn.saved_tensors[0] is not None
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("device", DEVICES)
+def test_keeps_what_the_norm_keeps(device, dropout, monkeypatch):
+    """After a norm, bf16: dA comes from the norm's own input, which is as exact, and the norm's result is let go."""
+    if INTERPRETED:
+        pytest.skip("bf16")
+    monkeypatch.setattr(_siblings, "LIBRARY_TOKENS", 1)
+    bf16, squared = torch.bfloat16, {True: 0.0, False: 0.0}
+    for seed in range(16):
+        torch.manual_seed(seed)
+        x = tensor(2, 24, 64, device=device, dtype=bf16)
+        weight = (1 + 0.3 * torch.randn(64)).to(device, bf16)
+        q, k, v = (
+            projection(n, 64, 8, device=device, dtype=bf16, adapter_dtype=torch.float32, train=False, dropout=dropout)
+            for n in (64, 32, 32)
+        )
+        cos, sin = torch.ones(1, 24, 16, device=device), torch.zeros(1, 24, 16, device=device)
+        grads, masks = {}, None
+        with torch.autocast(device, bf16):
+            for marked in (True, False):
+                normed, _ = residual_rms_norm(x, None, weight, 1e-5)
+                given = normed if marked else normed.view_as(normed)
+                saved = []
+                torch.manual_seed(seed)
+                with torch.autograd.graph.saved_tensors_hooks(
+                    lambda t, saved=saved: (saved.append(t), t)[1], lambda t: t
+                ):
+                    out = lora_qkv(given, q, k, v, cos, sin, 16)
+                assert any(t.data_ptr() == normed.data_ptr() for t in saved) is not marked
+                masks = next((t for t in saved if t.dtype is torch.int32), None)
+                dy = [torch.randn(o.shape, device=device).to(bf16) for o in out]
+                grads[marked] = torch.autograd.grad(out, [p.adapter.a for p in (q, k, v)], dy)
+        exact = in_float64(q), in_float64(k), in_float64(v)
+        n64 = x.detach().double()
+        n64 = n64 * torch.rsqrt(n64.pow(2).mean(-1, keepdim=True) + 1e-5) * weight.double()
+        for j, p in enumerate(exact):
+            keep = 1.0 if masks is None else unpack_dropout_bits(masks[j], 64).double().view(2, 24, 64) / (1 - dropout)
+            dy64 = dy[j].transpose(1, 2).reshape(48, -1).double()
+            want = p.adapter.scaling * (dy64 @ p.adapter.b).t() @ (n64 * keep).view(48, 64)
+            for marked, got in grads.items():
+                squared[marked] += ((got[j].double() - want).norm() / want.norm()).item() ** 2
+    assert 0 < squared[True] <= 1.1**2 * squared[False]
+
+
+def test_written_to_after_the_norm(monkeypatch):
+    """A norm's result that somebody changed in place is an input like any other."""
+    monkeypatch.setattr(_siblings, "LIBRARY_TOKENS", 1)
+    x, weight = tensor(24, 64, device="cpu", dtype=torch.bfloat16), torch.ones(64, dtype=torch.bfloat16)
+    p = projection(32, 64, 8, device="cpu", dtype=torch.bfloat16, train=False)
+    with torch.no_grad():
+        normed, _ = residual_rms_norm(x, None, weight, 1e-5)
+        normed.mul_(2)
+    out = lora_linear(normed, p)
+    dy = torch.randn_like(out)
+    (got,) = torch.autograd.grad(out, p.adapter.a, dy)
+    (want,) = torch.autograd.grad(lora_linear(normed.clone(), p), p.adapter.a, dy)
+    assert torch.equal(got, want)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the run that the test starts")

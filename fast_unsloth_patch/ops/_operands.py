@@ -162,6 +162,29 @@ class Parameters(NamedTuple):
         return self.tensors
 
 
+class Normed(NamedTuple):
+    """What an op's input was made from: ``input = weight * (x * rstd)``, row by row.
+
+    The norm keeps x for its own backward. An op that keeps x too, and not its input, saves one activation of memory.
+    """
+
+    x: torch.Tensor
+    rstd: torch.Tensor
+    weight: torch.Tensor
+    version: int  # of the input, when it was made
+
+    @classmethod
+    def mark(cls, y: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor) -> None:
+        """Note on ``y`` itself where it comes from."""
+        y._fast_normed = cls(x.detach(), rstd, weight.detach(), y._version)  # type: ignore[attr-defined]
+
+    @classmethod
+    def of(cls, y: torch.Tensor) -> Normed | None:
+        """What ``y`` was made from, if that is known and nobody has written to it since."""
+        found = getattr(y, "_fast_normed", None)
+        return found if found is not None and found.version == y._version else None
+
+
 def adapted(group: list[Operands]) -> list[Operands]:
     return [op for op in group if op.a is not None]
 

@@ -14,9 +14,32 @@ import torch
 from ..device.dispatch import use_triton
 from ..weights import dequantize_stacked
 from ..weights.dense import DenseWeight
-from ._operands import TENSORS, Dtypes, OperandGrads, Operands, Projection, adapted, keep_scale
+from ._operands import (
+    TENSORS,
+    Dtypes,
+    Normed,
+    OperandGrads,
+    Operands,
+    Projection,
+    adapted,
+    keep_scale,
+    reads_input,
+    rows,
+)
 from .dropout import draw_seed, dropout_bits
-from .low_rank import MAX_SLOTS, Layout, Siblings, by_library, down, expand, layout_of, mm_wide, outer, pack
+from .low_rank import (
+    LIBRARY_TOKENS,
+    MAX_SLOTS,
+    Layout,
+    Siblings,
+    by_library,
+    down,
+    expand,
+    layout_of,
+    mm_wide,
+    outer,
+    pack,
+)
 
 _WIDE = 8192
 
@@ -49,6 +72,40 @@ def seed_for(x: torch.Tensor, *projections: Projection) -> torch.Tensor | None:
         if projection.adapter is not None and projection.adapter.dropout > 0.0:
             return draw_seed(x.device)
     return None
+
+
+class Input(NamedTuple):
+    """The input of siblings as it is kept for backward.
+
+    Args:
+        x: [T, K] in the compute dtype, or what was normed to give it; None where backward reads neither.
+        rstd: of the norm; None where x is the input itself.
+        norm_weight: [K], of the norm.
+    """
+
+    x: torch.Tensor | None
+    rstd: torch.Tensor | None = None
+    norm_weight: torch.Tensor | None = None
+
+
+def keep_input(x: torch.Tensor, x2d: torch.Tensor, dtypes: Dtypes, needs: tuple[bool, ...]) -> Input:
+    """What to keep of the input ``x`` (``x2d`` [T, K] in the compute dtype), so that dA can be formed.
+
+    Where x is a norm's result (`Normed`), the norm's own input does: with ``x = weight * (n * rstd)``,
+    ``dA = du^T x = ((rstd * du)^T n) * weight``. Not for dW, which would need a pass, and in bf16 only: in fp16 a
+    product of n overflows elsewhere than stock's.
+    """
+    if not reads_input(needs):
+        return Input(None)
+    normed = Normed.of(x)
+    if (
+        normed is None
+        or any(needs[0::TENSORS])
+        or not (dtypes.base is dtypes.low is normed.x.dtype is torch.bfloat16)
+        or x2d.shape[0] < LIBRARY_TOKENS
+    ):
+        return Input(x2d)
+    return Input(rows(normed.x, dtypes.base), normed.rstd, normed.weight)
 
 
 def layout(group: list[Operands]) -> Layout:
@@ -126,15 +183,19 @@ def _base_gemm(
     return torch.mm(x, weight.t(), out=y) if bias is None else torch.addmm(bias, x, weight.t(), out=y)
 
 
-def linear_forward(x: torch.Tensor, op: Operands, u: torch.Tensor | None, dtypes: Dtypes) -> torch.Tensor:
-    """One projection of x [T, K] with its u [T, slots] -> [T, N]."""
+def linear_forward(x: torch.Tensor, op: Operands, u: torch.Tensor | None, dtypes: Dtypes, out: torch.Tensor) -> None:
+    """One projection of x [T, K] with its u [T, slots], written into ``out`` [T, N] of ``dtypes.y``."""
     weight, bias = base_value(op, dtypes.base, forward=True), effective_bias(op, dtypes.base)
-    y = torch.empty((x.shape[0], weight.shape[0]), dtype=dtypes.base, device=x.device)
     x = x.to(dtypes.base)
-    if u is None or dtypes.y is not dtypes.base:
-        y = _base_gemm(x, weight, bias, y, accumulate=False).to(dtypes.y)
-        return y if u is None else add_update(u, op, dtypes.low, y, add=True)
-    return _base_gemm(x, weight, bias, add_update(u, op, dtypes.low, y), accumulate=True)
+    if dtypes.y is dtypes.base:
+        if u is not None:
+            add_update(u, op, dtypes.low, out)
+        _base_gemm(x, weight, bias, out, accumulate=u is not None)
+        return
+    y = torch.empty(out.shape, dtype=dtypes.base, device=out.device)
+    out.copy_(_base_gemm(x, weight, bias, y, accumulate=False))
+    if u is not None:
+        add_update(u, op, dtypes.low, out, add=True)
 
 
 def siblings_forward(
@@ -167,7 +228,7 @@ def add_update(
 
 def siblings_backward(
     dy: torch.Tensor,
-    x: torch.Tensor | None,
+    kept: Input,
     low: Low,
     group: list[Operands],
     masks: torch.Tensor | None,
@@ -183,7 +244,7 @@ def siblings_backward(
 
     Args:
         dy: [T, sum of N], the siblings' gradients side by side, in ``dtypes.x``.
-        x: [T, K] in ``dtypes.x``; None where ``reads_input`` is False.
+        kept: what ``keep_input`` kept of x, in ``dtypes.x``.
         low: what ``project_down`` gave.
         group: the siblings.
         masks: keep masks of the siblings that have an adapter, or None.
@@ -209,13 +270,13 @@ def siblings_backward(
         if need_a or need_dx:
             du = down_gradient(dy, some, [starts[i] for i in where], dtypes)
             if need_a:
-                for i, da in zip(where, a_gradients(du, x, low, some, masks, dtypes)):
+                for i, da in zip(where, a_gradients(du, kept, low, some, masks, dtypes)):
                     grads[i]["a"] = da
             if need_dx:
-                dx = _low_dx(du, x, low, some, masks, dtypes)
+                dx = _low_dx(du, low, some, masks, dtypes)
     for i, op in enumerate(group):
         dy_i = dy[:, starts[i] : starts[i + 1]]
-        grads[i].update(base_grads(dy_i, x, op, needs[i * TENSORS : (i + 1) * TENSORS]))
+        grads[i].update(base_grads(dy_i, kept.x, op, needs[i * TENSORS : (i + 1) * TENSORS]))
     if need_dx:
         weights, stacked = base_values(group, dtypes.base, forward=False)
         if stacked is not None:
@@ -272,15 +333,21 @@ def down_gradient(dy: torch.Tensor, group: list[Operands], starts: list[int], dt
     return du
 
 
-def a_gradients(du, x, low: Low, group: list[Operands], masks, dtypes: Dtypes) -> list[torch.Tensor]:
+def a_gradients(du, kept: Input, low: Low, group: list[Operands], masks, dtypes: Dtypes) -> list[torch.Tensor]:
     """``dA_j = du_j^T dropout(x)``."""
+    x, rstd, norm_weight = kept
+    if rstd is not None:
+        du = torch.mul(du, rstd.view(-1, 1), out=torch.empty_like(du))
     if low.packed is None:
-        return outer(x, du, on_input(group, masks), dtypes.low)
+        grads = outer(x, du, on_input(group, masks), dtypes.low)
+        return grads if norm_weight is None else [da.mul_(norm_weight) for da in grads]
     da = mm_wide(du.t(), x, group[0].a.dtype)  # type: ignore[union-attr]
+    if norm_weight is not None:
+        da.mul_(norm_weight)
     return [da[at : at + op.a.shape[0]] for op, at in zip(group, layout(group).starts)]  # type: ignore[union-attr]
 
 
-def _low_dx(du, x, low: Low, group: list[Operands], masks, dtypes: Dtypes) -> torch.Tensor:
+def _low_dx(du, low: Low, group: list[Operands], masks, dtypes: Dtypes) -> torch.Tensor:
     """``sum_j c_j (du_j A_j) * m_j`` [T, K], for the base GEMMs to accumulate on."""
     dx = torch.empty((du.shape[0], group[0].a.shape[1]), dtype=dtypes.x, device=du.device)  # type: ignore[union-attr]
     if low.packed is None:

@@ -26,12 +26,11 @@ from ._operands import (
     factors,
     flatten,
     operands,
-    reads_input,
     resolve_dtypes,
     rows,
     without_autocast,
 )
-from ._siblings import Low, draw_masks, linear_forward, project_down, seed_for, siblings_backward
+from ._siblings import Input, Low, draw_masks, keep_input, linear_forward, project_down, seed_for, siblings_backward
 
 __all__ = ["Adapter", "LoraLinear", "Projection", "lora_linear"]
 
@@ -45,25 +44,27 @@ class LoraLinear(Function):
         x2d = rows(x, dtypes.x)
         masks = draw_masks(x2d, [op], seed) if a is not None else None
         low = project_down(x2d, [op], masks, dtypes.low)
-        y = linear_forward(x2d, op, low.u, dtypes)
-        keep = reads_input(ctx.needs_input_grad[1:6])
-        ctx.save_for_backward(x2d if keep else None, *low, masks)
+        # Not a view: FSDP2 warns of those.
+        y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=dtypes.y, device=x.device)
+        linear_forward(x2d, op, low.u, dtypes, y.view(x2d.shape[0], weight.shape[0]))
+        kept = keep_input(x, x2d, dtypes, ctx.needs_input_grad[1:6])
+        ctx.save_for_backward(*kept, *low, masks)
         ctx.parameters = Parameters.of((weight, bias, a, b, lora_bias))
         ctx.values, ctx.dtypes, ctx.tally = values, dtypes, tally
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         if ctx.tally is not None:
             ctx.tally.hit_backward()
-        x, u, packed, masks = ctx.saved_tensors
+        *kept, u, packed, masks = ctx.saved_tensors
         group = operands(ctx.parameters.unchanged(), (ctx.values,))
         with without_autocast(dy):
             dx, (grads,) = siblings_backward(
                 rows(dy, ctx.dtypes.x),
-                x,
+                Input(*kept),
                 Low(u, packed),
                 group,
                 masks,

@@ -41,11 +41,11 @@ from ._operands import (
     keep_scale,
     one_dtype,
     operands,
-    reads_input,
     rows,
     without_autocast,
 )
 from ._siblings import (
+    Input,
     Low,
     a_gradients,
     b_gradients,
@@ -53,6 +53,7 @@ from ._siblings import (
     base_value,
     down_gradient,
     draw_masks,
+    keep_input,
     linear_forward,
     on_input,
     project_down,
@@ -235,8 +236,8 @@ def _second_backward_possible() -> bool:
 
 
 class LoraMLP(Function):
-    """Autograd node of ``lora_mlp``; saves x, gate and up (without their updates where fused), their u, the masks and
-    the parameters.
+    """Autograd node of ``lora_mlp``; saves x (or what the norm before it saves), gate and up (without their updates
+    where fused), their u, the masks and the parameters.
     """
 
     @staticmethod
@@ -254,8 +255,9 @@ class LoraMLP(Function):
         masks_down = draw_masks(gu[:, :width], adapted([op_down]), seed, _DOWN_STREAM)
         if need_output:
             h = _swiglu_forward(gu, low.u if fused else None, group)
-            y = linear_forward(h, op_down, project_down(h, [op_down], masks_down, dtypes.low).u, dtypes)
-            y = y.view(*x.shape[:-1], y.shape[-1])
+            y = torch.empty((*x.shape[:-1], op_down.weight.shape[0]), dtype=dtypes.y, device=x.device)
+            u_down = project_down(h, [op_down], masks_down, dtypes.low).u
+            linear_forward(h, op_down, u_down, dtypes, y.view(x2d.shape[0], y.shape[-1]))
             if residual is not None:
                 y = y + residual if y.dtype is not residual.dtype else y.add_(residual)
         else:
@@ -263,8 +265,8 @@ class LoraMLP(Function):
             y = torch.zeros((), dtype=dtype, device=x.device).expand(*x.shape[:-1], op_down.weight.shape[0])
         # The same tensors whether or not the output was computed: a non-reentrant checkpoint compares forward and
         # recompute.
-        keep = reads_input(ctx.needs_input_grad[2 : 2 + 2 * TENSORS])
-        ctx.save_for_backward(x2d if keep else None, *low, masks, gu, masks_down)
+        kept = keep_input(x, x2d, dtypes, ctx.needs_input_grad[2 : 2 + 2 * TENSORS])
+        ctx.save_for_backward(*kept, *low, masks, gu, masks_down)
         ctx.parameters = Parameters.of(tuple(tensors))
         ctx.values, ctx.dtypes, ctx.tally, ctx.fused = values, dtypes, tally, fused
         ctx.x_shape, ctx.x_dtype, ctx.residual_dtype = x.shape, x.dtype, None if residual is None else residual.dtype
@@ -275,7 +277,7 @@ class LoraMLP(Function):
     def backward(ctx, dy):
         if ctx.tally is not None:
             ctx.tally.hit_backward()
-        x, u, packed, masks, gu, masks_down = ctx.saved_tensors
+        *kept, u, packed, masks, gu, masks_down = ctx.saved_tensors
         gate, up, op_down = operands(ctx.parameters.unchanged(), ctx.values)
         dtypes, needs = ctx.dtypes, ctx.needs_input_grad
         d_residual = dy.to(ctx.residual_dtype) if needs[1] else None
@@ -304,7 +306,14 @@ class LoraMLP(Function):
             down_grads = _down_backward(dy, dh, op_down, du, masks_down, dtypes, needs[start : start + TENSORS])
             del dh
             dx, parts = siblings_backward(
-                dgu, x, Low(u, packed), [gate, up], masks, dtypes, needs[2 : 2 + 2 * TENSORS], need_dx=needs[0]
+                dgu,
+                Input(*kept),
+                Low(u, packed),
+                [gate, up],
+                masks,
+                dtypes,
+                needs[2 : 2 + 2 * TENSORS],
+                need_dx=needs[0],
             )
         if dx is not None:
             dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
@@ -318,7 +327,7 @@ def _down_backward(dy, h, op: Operands, du, masks, dtypes: Dtypes, needs) -> Ope
     if need_a or need_b:
         low = project_down(h, [op], masks, dtypes.low)
         if need_a:
-            (grads["a"],) = a_gradients(du, h, low, [op], masks, dtypes)
+            (grads["a"],) = a_gradients(du, Input(h), low, [op], masks, dtypes)
         if need_b:
             (grads["b"],) = b_gradients(dy, low.u, [op], [0], dtypes)
     return OperandGrads(**grads)

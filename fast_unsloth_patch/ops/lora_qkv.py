@@ -31,11 +31,10 @@ from ._operands import (
     flatten,
     one_dtype,
     operands,
-    reads_input,
     rows,
     without_autocast,
 )
-from ._siblings import Low, draw_masks, project_down, seed_for, siblings_backward, siblings_forward
+from ._siblings import Input, Low, draw_masks, keep_input, project_down, seed_for, siblings_backward, siblings_forward
 from .low_rank import layout_of, precision, rank_slots, widened
 from .rope import rope
 
@@ -238,7 +237,9 @@ def _unrotate(grads, cos, sin, shape, heads, head_dim, rotate, dtype):
 
 
 class LoraQKV(Function):
-    """Autograd node of ``lora_qkv``; saves x, u, the masks, cos, sin and the parameters."""
+    """Autograd node of ``lora_qkv``; saves x (or what the norm before it saves), u, the masks, cos, sin and the
+    parameters.
+    """
 
     @staticmethod
     def forward(ctx, x, cos, sin, *rest):
@@ -271,8 +272,8 @@ class LoraQKV(Function):
         elif rotate:
             for part in _heads(y, batch, seq, heads, head_dim)[:2]:
                 part.copy_(_rotate_reference(part, cos, sin))
-        keep = reads_input(ctx.needs_input_grad[3 : 3 + 3 * TENSORS])
-        ctx.save_for_backward(x2d if keep else None, *low, masks, cos, sin)
+        kept = keep_input(x, x2d, dtypes, ctx.needs_input_grad[3 : 3 + 3 * TENSORS])
+        ctx.save_for_backward(*kept, *low, masks, cos, sin)
         ctx.parameters = Parameters.of(tuple(tensors))
         ctx.values, ctx.dtypes, ctx.tally = values, dtypes, tally
         ctx.layout = (x.shape, x.dtype, heads, head_dim, rotate)
@@ -283,14 +284,14 @@ class LoraQKV(Function):
     def backward(ctx, *grads):
         if ctx.tally is not None:
             ctx.tally.hit_backward()
-        x, u, packed, masks, cos, sin = ctx.saved_tensors
+        *kept, u, packed, masks, cos, sin = ctx.saved_tensors
         x_shape, x_dtype, heads, head_dim, rotate = ctx.layout
         group = operands(ctx.parameters.unchanged(), ctx.values)
         with without_autocast(cos):
             dy = _unrotate(grads, cos, sin, x_shape[:2], heads, head_dim, rotate, ctx.dtypes.base)
             dx, parts = siblings_backward(
                 dy,
-                x,
+                Input(*kept),
                 Low(u, packed),
                 group,
                 masks,

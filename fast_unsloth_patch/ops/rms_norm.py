@@ -13,6 +13,7 @@ from ..device.dispatch import use_triton
 from ..device.launch import as_rows, device_limits, jit, launch, tl
 from ..reference.rms_norm import rms_norm_bwd_ref, rms_norm_fwd_ref
 from ._autograd import once_differentiable
+from ._operands import Normed
 
 # A row lives in the registers of one program; beyond this they would only spill, and the reference runs instead.
 _MAX_H = 32768
@@ -125,9 +126,7 @@ def _dw_programs(n_rows: int, rows: int, num_warps: int, sm_count: int) -> tuple
     return -(-tiles // each), each
 
 
-def rms_norm_fwd(
-    x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """``(y, rstd, summed)``: summed is ``x + delta``, or x without a delta; rstd holds one number a row, float32, in
     whatever shape the path that ran wants back.
     """
@@ -252,16 +251,17 @@ class ResidualRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, tally: Any
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         y, rstd, summed = rms_norm_fwd(x, weight, eps, delta)
         ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(rstd)
         ctx.save_for_backward(summed, weight, rstd)
         ctx.tally, ctx.dtypes = tally, (x.dtype, None if delta is None else delta.dtype)
-        return y, summed
+        return y, summed, rstd
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         summed, weight, rstd = ctx.saved_tensors
         need_x, need_delta, need_dw = ctx.needs_input_grad[:3]
         dtype, delta_dtype = ctx.dtypes
@@ -298,12 +298,14 @@ def residual_rms_norm(
         tally: counts the backward pass (`status.Tally`), or None.
 
     Returns:
-        y [..., H], contiguous, and summed [..., H] in the dtype that x and delta promote to (x itself without a
-        delta). Differentiable once.
+        y [..., H], contiguous and marked as `Normed`, and summed [..., H] in the dtype that x and delta promote to (x
+        itself without a delta). Differentiable once.
 
     Raises:
         ValueError: if delta has another shape than x.
     """
     if delta is not None and delta.shape != x.shape:
         raise ValueError(f"delta is {tuple(delta.shape)}, expected the shape of x, {tuple(x.shape)}")
-    return ResidualRMSNorm.apply(x, delta, weight, eps, tally)
+    y, summed, rstd = ResidualRMSNorm.apply(x, delta, weight, eps, tally)
+    Normed.mark(y, summed, rstd, weight)
+    return y, summed

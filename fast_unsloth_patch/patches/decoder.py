@@ -2,7 +2,8 @@
 
 The module's own children are inlined (q, k, v with RoPE; gate, up, down), everything else stays with transformers:
 the cache, the choice of the attention function and its masks, recording of outputs. Each builder takes the stock
-forward and its patch's counters, and returns the new forward, which calls the stock one whenever its conditions do not hold.
+forward and its patch's counters, and returns the new forward, which calls the stock one whenever its conditions do
+not hold.
 """
 
 from __future__ import annotations
