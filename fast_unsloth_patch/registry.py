@@ -105,6 +105,13 @@ def _decoder(family: str, prefix: str, attention: str) -> tuple[Patch, ...]:
             "loss without materialised logits",
         ),
         row(
+            "packing",
+            "Model.forward",
+            "packing:model_forward",
+            "self input_ids attention_mask position_ids past_key_values|cache inputs_embeds use_cache kwargs",
+            "packed documents and padded batches as variable-length attention",
+        ),
+        row(
             "decoder_layer",
             "DecoderLayer.forward",
             "decoder:decoder_layer_forward",

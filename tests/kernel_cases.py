@@ -22,6 +22,7 @@ import torch
 from fast_unsloth_patch import ops, weights
 from fast_unsloth_patch.device import launch as _launch
 from fast_unsloth_patch.ops.dropout import dropout_bits
+from fast_unsloth_patch.ops.gemm import Update, gemm, gemm_dx, gemm_swiglu
 from fast_unsloth_patch.ops.linear_cross_entropy import cross_entropy_chunk
 from fast_unsloth_patch.ops.lora_linear import Adapter, Projection, lora_linear
 from fast_unsloth_patch.ops.lora_mlp import lora_mlp
@@ -265,6 +266,26 @@ def _two_adapter_dtypes(tokens: int, dropout: float) -> None:
     mlp.backward(torch.empty_like(mlp))
 
 
+def _gemms(tokens: int, rank: int, dtype: torch.dtype) -> None:
+    """The persistent GEMMs of a layer; on chips that they do not cover nothing is launched."""
+
+    def update(*shapes: tuple[int, int]) -> Update:
+        factors = [_meta(*shape, dtype=FP32, grad=False) for shape in shapes]
+        return Update(x.new_empty(tokens, 64 * len(shapes)), factors, [64 * j for j in range(len(shapes))])
+
+    x = _meta(tokens, 4096, dtype=dtype, grad=False)
+    q, k, v, gate, up = (x.new_empty(n, 4096) for n in (4096, 1024, 1024, 14336, 14336))
+    for siblings in ([q, k, v], [gate, up]):
+        widths = [w.shape[0] for w in siblings]
+        gemm(x, siblings, update=update(*[(n, rank) for n in widths]))
+        gemm_dx(x.new_empty(tokens, sum(widths)), siblings, update=update(*[(rank, 4096)] * len(widths)))
+    gemm_swiglu(x, gate, up, update=update((14336, rank), (14336, rank)))
+    gemm(x, [q], update=update((4096, rank)), residual=x)
+    gemm_dx(x, [q], update=update((rank, 4096)))
+    gemm(x, [k, v], bias=x.new_empty(2048))
+    gemm_dx(x, [q], addend=x)
+
+
 def scenarios() -> Iterator[tuple[str, torch.dtype | None, Callable[[], None]]]:
     """Calls that between them choose every configuration: (what it is, autocast's dtype or None, the call)."""
     for name, layer in _layers():
@@ -276,6 +297,8 @@ def scenarios() -> Iterator[tuple[str, torch.dtype | None, Callable[[], None]]]:
     for tokens, p in ((4096, 0.0), (512, 0.1)):
         call = lambda tokens=tokens, p=p: _two_adapter_dtypes(tokens, p)  # noqa: E731
         yield f"adapters of two dtypes, dropout {p}", BF16, call
+    for name, rank, dtype in (("8B, ", 16, BF16), ("8B, ", 32, BF16), ("", 64, FP16)):
+        yield f"{name}GEMMs of rank {rank}", None, lambda rank=rank, dtype=dtype: _gemms(8192, rank, dtype)
     yield "other ops, small", None, lambda: _others(7, FP16, 64, 72, 100)
     yield "the widest norm", None, lambda: _others(7, FP32, 32768, 72, 100)
     yield "partial rope", None, lambda: _rope(FP16, FP32, 24, 3, 80, 32)

@@ -1,4 +1,4 @@
-"""Tiny Llamas with and without LoRA, the patches of the registry on or off, and runs of both to compare."""
+"""Tiny Llamas and Mistrals, plain or with LoRA, the registry's patches on or off, and runs of both to compare."""
 
 from __future__ import annotations
 
@@ -13,20 +13,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedConfig
 
 from fast_unsloth_patch.install import is_absent, put
 from fast_unsloth_patch.registry import MISSING, PATCHES
 from fast_unsloth_patch.status import tally
 
-FORWARDS = (
-    "llama.rms_norm",
-    "llama.attention",
-    "llama.mlp",
-    "llama.decoder_layer",
-    "llama.checkpointing",
-    "peft.linear",
-)
+FAMILIES = ("llama", "mistral")
+_OF_A_FAMILY = ("rms_norm", "attention", "mlp", "decoder_layer", "checkpointing")
+FORWARDS = (*(f"{family}.{name}" for family in FAMILIES for name in _OF_A_FAMILY), "peft.linear")
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Decoder layers of a tiny model.
 LAYERS = 2
@@ -68,19 +63,21 @@ def fallbacks(patch_id: str) -> dict[str, int]:
     return dict(tally(patch_id).fallbacks)
 
 
+_TINY: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "attn_implementation": "sdpa",
+    "pad_token_id": 0,
+}
+
+
 def tiny_config(**overrides: Any) -> LlamaConfig:
-    values: dict[str, Any] = {
-        "hidden_size": 64,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 128,
-        "vocab_size": 128,
-        "max_position_embeddings": 64,
-        "attn_implementation": "sdpa",
-        "pad_token_id": 0,
-    }
-    return LlamaConfig(**{**values, **overrides})
+    return LlamaConfig(**{**_TINY, **overrides})
 
 
 def llama(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
@@ -89,7 +86,20 @@ def llama(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -
     (Saturated, a bf16 gradient is off by 10 or, once in ten seeds, by 70 %, stock's as well.)
     """
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(tiny_config(**overrides))
+    return _filled(LlamaForCausalLM(tiny_config(**overrides)), dtype)
+
+
+def mistral(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> MistralForCausalLM:
+    """The same model as a Mistral. Its default ``sliding_window`` is longer than any tiny batch."""
+    torch.manual_seed(seed)
+    return _filled(MistralForCausalLM(MistralConfig(**{**_TINY, **overrides})), dtype)
+
+
+def causal_lm(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any):
+    return {"llama": llama, "mistral": mistral}[family](dtype, seed, **overrides)
+
+
+def _filled(model, dtype: torch.dtype):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
@@ -204,13 +214,40 @@ def both(model, inputs, **kwargs):
     return fast, stock, new_forward, new_backward
 
 
-def check(model, inputs, *, norm=2 * LAYERS + 1, attention=LAYERS, mlp=LAYERS, linear=0, tolerance=FP32, **kwargs):
-    """Fast equals stock, with exactly these fast forwards."""
+def check(
+    model,
+    inputs,
+    *,
+    norm=2 * LAYERS + 1,
+    attention=LAYERS,
+    mlp=LAYERS,
+    linear=0,
+    layer=None,
+    tolerance=FP32,
+    **kwargs,
+):
+    """Fast equals stock, with exactly these fast forwards; a layer's for every two norms unless ``layer`` says."""
     fast, stock, forward, _ = both(model, inputs, **kwargs)
     assert_same(fast, stock, tolerance)
-    got = (forward["llama.rms_norm"], forward["llama.attention"], forward["llama.mlp"], forward["peft.linear"])
-    assert got == (norm, attention, mlp, linear)
+    family = family_of(model)
+    names = (*(f"{family}.{name}" for name in ("rms_norm", "attention", "mlp", "decoder_layer")), "peft.linear")
+    assert tuple(forward[name] for name in names) == (
+        norm,
+        attention,
+        mlp,
+        norm // 2 if layer is None else layer,
+        linear,
+    )
+    others = {name: n for name, n in forward.items() if n and name not in (*names, f"{family}.checkpointing")}
+    assert not others, others
     return fast, stock
+
+
+def family_of(model) -> str:
+    """``"llama"`` or ``"mistral"``, of a model in whatever wrapper."""
+    return next(
+        m.config.model_type for m in model.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)
+    )
 
 
 def layers_of(model):

@@ -1,5 +1,7 @@
 """What LoRA projections that share an input have in common: dropout masks, forward and backward.
 
+Large products go to the persistent GEMM (`gemm`) where it runs, which adds the updates as it goes; else to the library.
+
 ``y_j = x W_j^T + bias_j + u_j B_j^T`` with ``u_j = s_j dropout_j(x) A_j^T``. One projection (``lora_linear``), q, k, v
 (``lora_qkv``), gate and up (``lora_mlp``) are one, three and two siblings.
 """
@@ -14,6 +16,7 @@ import torch
 from ..device.dispatch import use_triton
 from ..weights import dequantize_stacked
 from ..weights.dense import DenseWeight
+from . import gemm
 from ._operands import (
     TENSORS,
     Dtypes,
@@ -42,6 +45,7 @@ from .low_rank import (
 )
 
 _WIDE = 8192
+_LONG = 8192
 
 
 def draw_masks(
@@ -183,31 +187,78 @@ def _base_gemm(
     return torch.mm(x, weight.t(), out=y) if bias is None else torch.addmm(bias, x, weight.t(), out=y)
 
 
-def linear_forward(x: torch.Tensor, op: Operands, u: torch.Tensor | None, dtypes: Dtypes, out: torch.Tensor) -> None:
-    """One projection of x [T, K] with its u [T, slots], written into ``out`` [T, N] of ``dtypes.y``."""
+def _update(u: torch.Tensor, group: list[Operands], factors: list[torch.Tensor | None]) -> gemm.Update:
+    """What `gemm` adds to a product of ``group``: u [T, slots] and a factor each, None for one without an adapter."""
+    starts = iter(layout(group).starts)
+    return gemm.Update(u, factors, [0 if op.a is None else next(starts) for op in group])
+
+
+def _by_gemm(x: torch.Tensor, weights: Sequence[torch.Tensor], group: list[Operands], dtypes: Dtypes) -> bool:
+    """Whether the persistent GEMM takes a product of x with the weights of ``group`` and adds its updates.
+
+    Measured (benchmarks/results/h200-notes.md): without an update the library is as fast, and with many columns of x
+    the passes over the result that an update costs do not count.
+    """
+    ranks = [op.a.shape[0] for op in group if op.a is not None]
+    return (
+        bool(ranks)
+        and dtypes.base is dtypes.low is dtypes.x
+        and not any([op.bias is not None or op.lora_bias is not None for op in group])
+        and gemm.covers(x, weights, ranks)
+    )
+
+
+def linear_forward(
+    x: torch.Tensor,
+    op: Operands,
+    u: torch.Tensor | None,
+    dtypes: Dtypes,
+    out: torch.Tensor,
+    residual: torch.Tensor | None = None,
+) -> None:
+    """One projection of x [T, K] with its u [T, slots], written into ``out`` [T, N] of ``dtypes.y``.
+
+    Args:
+        residual: [T, N] of out's dtype, added to it.
+    """
     weight, bias = base_value(op, dtypes.base, forward=True), effective_bias(op, dtypes.base)
     x = x.to(dtypes.base)
+    if u is not None and x.shape[1] <= _LONG and dtypes.y is dtypes.base and _by_gemm(x, [weight], [op], dtypes):
+        gemm.gemm(x, [weight], update=_update(u, [op], [op.b]), residual=residual, out=out)
+        return
     if dtypes.y is dtypes.base:
         if u is not None:
             add_update(u, op, dtypes.low, out)
         _base_gemm(x, weight, bias, out, accumulate=u is not None)
-        return
-    y = torch.empty(out.shape, dtype=dtypes.base, device=out.device)
-    out.copy_(_base_gemm(x, weight, bias, y, accumulate=False))
-    if u is not None:
-        add_update(u, op, dtypes.low, out, add=True)
+    else:
+        y = torch.empty(out.shape, dtype=dtypes.base, device=out.device)
+        out.copy_(_base_gemm(x, weight, bias, y, accumulate=False))
+        if u is not None:
+            add_update(u, op, dtypes.low, out, add=True)
+    if residual is not None:
+        out.add_(residual)
 
 
 def siblings_forward(
     x: torch.Tensor, group: list[Operands], low: Low, y: torch.Tensor, dtypes: Dtypes, *, updates_later: bool
-) -> None:
-    """All projections of x [T, K] side by side into y [T, sum of N]; without updates if a kernel adds them later."""
+) -> bool:
+    """All projections of x [T, K] side by side into y [T, sum of N].
+
+    Args:
+        updates_later: the caller's next kernel can add the updates; then they may be left out.
+
+    Returns:
+        Whether the updates are in y.
+    """
     place, start, at = layout(group), 0, 0
     weights, stacked = base_values(group, dtypes.base, forward=True)
+    if low.u is not None and _by_gemm(x, weights, group, dtypes):
+        gemm.gemm(x, weights, update=_update(low.u, group, [op.b for op in group]), out=y)
+        return True
     biases = [effective_bias(op, dtypes.base) for op in group]
     if stacked is not None and updates_later and not any([bias is not None for bias in biases]):
         torch.mm(x, stacked.t(), out=y)
-        return
+        return False
     for op, weight, bias in zip(group, weights, biases):
         part = y[:, start : start + weight.shape[0]]
         start += weight.shape[0]
@@ -217,6 +268,24 @@ def siblings_forward(
             add_update(u, op, dtypes.low, part)
             at += 1
         _base_gemm(x, weight, bias, part, accumulate=first)
+    return not updates_later
+
+
+def swiglu_forward(x: torch.Tensor, group: list[Operands], low: Low, dtypes: Dtypes) -> torch.Tensor | None:
+    """``silu(gate) * up`` [T, I] of the siblings gate and up without ever writing either; None where no kernel does."""
+    weights, _ = base_values(group, dtypes.base, forward=True)
+    if low.u is None or not _by_gemm(x, weights, group, dtypes):
+        return None
+    return gemm.gemm_swiglu(x, *weights, update=_update(low.u, group, [op.b for op in group]))
+
+
+def input_gradient(
+    dy: torch.Tensor, weights: Sequence[torch.Tensor], group: list[Operands], du: torch.Tensor | None, dtypes: Dtypes
+) -> torch.Tensor | None:
+    """``sum_j dy_j W_j + du_j A_j`` [T, K] in one GEMM, for siblings without masks; None where no kernel does that."""
+    if du is None or not _by_gemm(dy, weights, group, dtypes):
+        return None
+    return gemm.gemm_dx(dy, weights, update=_update(du, group, [op.a for op in group]))
 
 
 def add_update(
@@ -259,7 +328,7 @@ def siblings_backward(
         starts.append(starts[-1] + op.weight.shape[0])
     grads: list[dict[str, Any]] = [{} for _ in group]
     where = [i for i, op in enumerate(group) if op.a is not None]
-    dx = None
+    du = None
     if where:
         need_a = any([needs[i * TENSORS + 2] for i in where])
         need_b = any([needs[i * TENSORS + 3] for i in where])
@@ -272,19 +341,28 @@ def siblings_backward(
             if need_a:
                 for i, da in zip(where, a_gradients(du, kept, low, some, masks, dtypes)):
                     grads[i]["a"] = da
-            if need_dx:
-                dx = _low_dx(du, low, some, masks, dtypes)
     for i, op in enumerate(group):
         dy_i = dy[:, starts[i] : starts[i + 1]]
         grads[i].update(base_grads(dy_i, kept.x, op, needs[i * TENSORS : (i + 1) * TENSORS]))
-    if need_dx:
-        weights, stacked = base_values(group, dtypes.base, forward=False)
-        if stacked is not None:
-            dx = _add_base_dx(dx, dy, stacked, dtypes)
-        else:
-            for i, weight in enumerate(weights):
-                dx = _add_base_dx(dx, dy[:, starts[i] : starts[i + 1]], weight, dtypes)
+    dx = _siblings_dx(dy, group, low, du, masks, dtypes) if need_dx else None
     return dx, [OperandGrads(**g) for g in grads]
+
+
+def _siblings_dx(dy, group: list[Operands], low: Low, du: torch.Tensor | None, masks, dtypes: Dtypes) -> torch.Tensor:
+    """``sum_j dy_j W_j + c_j (du_j A_j) * m_j``."""
+    weights, stacked = base_values(group, dtypes.base, forward=False)
+    dx = input_gradient(dy, weights, group, du, dtypes) if masks is None else None
+    if dx is not None:
+        return dx
+    if du is not None:
+        dx = _low_dx(du, low, adapted(group), masks, dtypes)
+    if stacked is not None:
+        return _add_base_dx(dx, dy, stacked, dtypes)
+    start = 0
+    for weight in weights:
+        dx = _add_base_dx(dx, dy[:, start : start + weight.shape[0]], weight, dtypes)
+        start += weight.shape[0]
+    return dx  # type: ignore[return-value]  # there is at least one sibling
 
 
 def _add_base_dx(dx: torch.Tensor | None, dy: torch.Tensor, weight: torch.Tensor, dtypes: Dtypes) -> torch.Tensor:
@@ -333,9 +411,12 @@ def down_gradient(dy: torch.Tensor, group: list[Operands], starts: list[int], dt
     return du
 
 
-def a_gradients(du, kept: Input, low: Low, group: list[Operands], masks, dtypes: Dtypes) -> list[torch.Tensor]:
+def a_gradients(
+    du: torch.Tensor, kept: Input, low: Low, group: list[Operands], masks: torch.Tensor | None, dtypes: Dtypes
+) -> list[torch.Tensor]:
     """``dA_j = du_j^T dropout(x)``."""
     x, rstd, norm_weight = kept
+    assert x is not None  # an adapter that trains reads it
     if rstd is not None:
         du = torch.mul(du, rstd.view(-1, 1), out=torch.empty_like(du))
     if low.packed is None:

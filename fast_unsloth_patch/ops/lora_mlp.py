@@ -2,11 +2,12 @@
 
 ``y = down(silu(gate(x)) * up(x)) (+ residual)``.
 
-The GEMMs of gate and up leave their low-rank updates out; the SwiGLU kernels, which are bound by memory, add them
-from the r-wide ``u`` in registers, in the forward and again in the backward, so that LoRA on gate and up costs no
-pass over the intermediate. The backward kernel does the same for the update of ``dY W_down``, overwrites gate and up
-with their gradients and leaves the hidden activation in dh's place: nothing of the intermediate's size is allocated
-but dh. It overwrites only where no second backward can come.
+Where the persistent GEMM runs it adds the low-rank updates; where gate and up are kept by nobody, it forms the hidden
+activation in its epilogue. With library GEMMs the SwiGLU kernels, which are bound by memory, add the updates from the
+r-wide ``u`` in registers, in the forward and again in the backward, so that LoRA on gate and up costs no pass over the
+intermediate, and the backward kernel does the same for the update of ``dY W_down``. That kernel overwrites gate and up
+with their gradients and leaves the hidden activation in dh's place: nothing of the intermediate's size is allocated but
+dh. It overwrites only where no second backward can come.
 
 In the recompute of a checkpointed layer whose output nobody reads (``need_output=False``) the forward stops before
 SwiGLU: the hidden activation is formed in backward anyway, and u of ``down`` from it (which is why that u alone is
@@ -53,6 +54,7 @@ from ._siblings import (
     base_value,
     down_gradient,
     draw_masks,
+    input_gradient,
     keep_input,
     linear_forward,
     on_input,
@@ -60,6 +62,7 @@ from ._siblings import (
     seed_for,
     siblings_backward,
     siblings_forward,
+    swiglu_forward,
 )
 from .low_rank import expand, precision, rank_slots, widened
 
@@ -242,24 +245,29 @@ class LoraMLP(Function):
 
     @staticmethod
     def forward(ctx, x, residual, *rest):
-        *tensors, values, dtypes, seed, need_output, tally = rest
+        *tensors, values, dtypes, seed, need_output, keep, tally = rest
         gate, up, op_down = operands(tuple(tensors), values)
         group = [gate, up]
         x2d = rows(x, dtypes.base)
         width = gate.weight.shape[0]
         masks = draw_masks(x2d, adapted(group), seed)
         low = project_down(x2d, group, masks, dtypes.low)
-        gu = torch.empty((x2d.shape[0], 2 * width), dtype=dtypes.base, device=x.device)
-        fused = _fused(gu, group)
-        siblings_forward(x2d, group, low, gu, dtypes, updates_later=fused)
+        h = None if keep or not need_output else swiglu_forward(x2d, group, low, dtypes)
+        if h is None:
+            gu = torch.empty((x2d.shape[0], 2 * width), dtype=dtypes.base, device=x.device)
+            updates_left = not siblings_forward(x2d, group, low, gu, dtypes, updates_later=_fused(gu, group))
+        else:  # for the shape of it: nobody reads what this call saves
+            gu, updates_left = h.new_zeros(()).expand(x2d.shape[0], 2 * width), False
         masks_down = draw_masks(gu[:, :width], adapted([op_down]), seed, _DOWN_STREAM)
         if need_output:
-            h = _swiglu_forward(gu, low.u if fused else None, group)
+            if h is None:
+                h = _swiglu_forward(gu, low.u if updates_left else None, group)
             y = torch.empty((*x.shape[:-1], op_down.weight.shape[0]), dtype=dtypes.y, device=x.device)
-            u_down = project_down(h, [op_down], masks_down, dtypes.low).u
-            linear_forward(h, op_down, u_down, dtypes, y.view(x2d.shape[0], y.shape[-1]))
-            if residual is not None:
-                y = y + residual if y.dtype is not residual.dtype else y.add_(residual)
+            flat, u_down = y.view(x2d.shape[0], y.shape[-1]), project_down(h, [op_down], masks_down, dtypes.low).u
+            joined = residual is not None and residual.dtype is y.dtype
+            linear_forward(h, op_down, u_down, dtypes, flat, residual.view(flat.shape) if joined else None)
+            if residual is not None and not joined:
+                y = y + residual
         else:
             dtype = dtypes.y if residual is None else torch.promote_types(dtypes.y, residual.dtype)
             y = torch.zeros((), dtype=dtype, device=x.device).expand(*x.shape[:-1], op_down.weight.shape[0])
@@ -268,7 +276,7 @@ class LoraMLP(Function):
         kept = keep_input(x, x2d, dtypes, ctx.needs_input_grad[2 : 2 + 2 * TENSORS])
         ctx.save_for_backward(*kept, *low, masks, gu, masks_down)
         ctx.parameters = Parameters.of(tuple(tensors))
-        ctx.values, ctx.dtypes, ctx.tally, ctx.fused = values, dtypes, tally, fused
+        ctx.values, ctx.dtypes, ctx.tally, ctx.updates_left = values, dtypes, tally, updates_left
         ctx.x_shape, ctx.x_dtype, ctx.residual_dtype = x.shape, x.dtype, None if residual is None else residual.dtype
         return y
 
@@ -283,24 +291,27 @@ class LoraMLP(Function):
         d_residual = dy.to(ctx.residual_dtype) if needs[1] else None
         with without_autocast(gu):
             dy = rows(dy, dtypes.base)
-            dh = torch.mm(dy, base_value(op_down, dtypes.base, forward=False))
-            du = None
-            if op_down.a is not None:
-                du = down_gradient(dy, [op_down], [0], dtypes)
-            du_fused = du
-            if du is not None and use_triton(dh) and rank_slots(op_down.a.shape[0]) > _MAX_FUSED_SLOTS:  # type: ignore[union-attr]
-                expand(du, on_input([op_down], masks_down), dtypes.low, dh, add=True)
-                du_fused = None
+            du = None if op_down.a is None else down_gradient(dy, [op_down], [0], dtypes)
+            weight, du_left = base_value(op_down, dtypes.base, forward=False), du
+            dh = input_gradient(dy, [weight], [op_down], du, dtypes) if masks_down is None else None
+            if dh is not None:
+                du_left = None
+            else:
+                dh = torch.mm(dy, weight)
+            del weight
+            if du_left is not None and use_triton(dh) and rank_slots(op_down.a.shape[0]) > _MAX_FUSED_SLOTS:  # type: ignore[union-attr]
+                expand(du_left, on_input([op_down], masks_down), dtypes.low, dh, add=True)
+                du_left = None
             dgu = torch.empty_like(gu) if _second_backward_possible() else gu
             _swiglu_backward(
                 dh,
                 gu,
                 dgu,
-                u if ctx.fused else None,
+                u if ctx.updates_left else None,
                 [gate, up],
                 op_down,
-                du_fused,
-                masks_down if du_fused is not None else None,
+                du_left,
+                masks_down if du_left is not None else None,
             )
             start = 2 + 2 * TENSORS
             down_grads = _down_backward(dy, dh, op_down, du, masks_down, dtypes, needs[start : start + TENSORS])
@@ -317,7 +328,7 @@ class LoraMLP(Function):
             )
         if dx is not None:
             dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
-        return dx, d_residual, *parts[0], *parts[1], *down_grads, None, None, None, None, None
+        return dx, d_residual, *parts[0], *parts[1], *down_grads, None, None, None, None, None, None
 
 
 def _down_backward(dy, h, op: Operands, du, masks, dtypes: Dtypes, needs) -> OperandGrads:
@@ -341,6 +352,7 @@ def lora_mlp(
     *,
     residual: torch.Tensor | None = None,
     need_output: bool = True,
+    keep: bool = True,
     tally: Any = None,
 ) -> torch.Tensor:
     """``down(silu(gate(x)) * up(x))``, each projection with its own adapter or none, plus ``residual`` if given.
@@ -352,6 +364,8 @@ def lora_mlp(
         residual: [..., K], added to the result.
         need_output: False where only the backward will be used (a recompute whose output nobody reads): the result is
             then zeros of the right shape and dtype, and everything that backward needs is saved.
+        keep: False where nobody will read what this call saves for backward (the forward of a checkpointed region,
+            whose recompute saves it again): gate and up need not be written then.
         tally: object with ``hit_backward()``, called once a backward.
 
     Returns:
@@ -374,5 +388,5 @@ def lora_mlp(
         )
     return LoraMLP.apply(
         x, residual, *flatten(gate), *flatten(up), *flatten(down), (factors(gate), factors(up), factors(down)),
-        one_dtype(x, gate, up, down), seed_for(x, gate, up, down), need_output, tally,
+        one_dtype(x, gate, up, down), seed_for(x, gate, up, down), need_output, keep, tally,
     )  # fmt: skip

@@ -1,8 +1,9 @@
 """The q, k, v projections of an attention layer with their LoRA updates and rotary embedding, as one differentiable
 operation.
 
-Three library GEMMs write side by side into one [T, (Hq + 2 Hk) D] buffer; one kernel then adds the low-rank updates
-(a tile of ``u B^T`` in registers) and rotates q and k in place, so that LoRA costs no pass of its own. The backward's
+The projections go side by side into one [T, (Hq + 2 Hk) D] buffer, by one persistent GEMM with their low-rank updates,
+or by three library GEMMs without; one kernel then rotates q and k in place and adds what updates are missing (a tile of
+``u B^T`` in registers), so that LoRA costs no pass of its own. The backward's
 first kernel rotates dq and dk back and lays dq, dk, dv side by side, whatever strides attention's backward gave them;
 the rest is ``siblings_backward``.
 
@@ -65,6 +66,7 @@ def _qkv_fwd_kernel(
 ):  # fmt: skip
     D: tl.constexpr = 2 * HALF
     STRIDE: tl.constexpr = (HQ + 2 * HK) * D
+    LAST: tl.constexpr = HQ + 2 * HK if WIDTH else HQ + HK  # without updates there is nothing to do for v
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     row_mask = rows < T
     half = tl.arange(0, HALF_BLOCK)
@@ -75,7 +77,7 @@ def _qkv_fwd_kernel(
         cos0, cos1, sin0, sin1 = _rotation(cos_ptr, sin_ptr, rows, row_mask, half, half_mask, S, cos_sb, cos_ss, HALF)
     for i in range(0, HEADS):
         head = tl.program_id(1) * HEADS + i
-        if head < HQ + 2 * HK:
+        if head < LAST:
             at = y_ptr + rows[:, None] * STRIDE + head * D + half[None, :]
             x0 = tl.load(at, mask=mask, other=0.0).to(tl.float32)
             x1 = tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32)
@@ -209,7 +211,8 @@ def _add_and_rotate(y, u, group, ranks, cos, sin, shape, heads, head_dim, rotate
         *heads, half, max(16, 1 << (half - 1).bit_length()), rotate, slots, u.shape[1] if ranks else 0, *rank_of,
         *offsets, _HEADS_PER_PROGRAM, precision(y.dtype if u is None else u.dtype), _block_t(tokens),
     )  # fmt: skip
-    launch(_qkv_fwd_kernel, _grid(tokens, heads[0] + 2 * heads[1]), args, consts, num_warps=4, num_stages=2)
+    last = heads[0] + (2 * heads[1] if ranks else heads[1])
+    launch(_qkv_fwd_kernel, _grid(tokens, last), args, consts, num_warps=4, num_stages=2)
 
 
 def _unrotate(grads, cos, sin, shape, heads, head_dim, rotate, dtype):
@@ -255,7 +258,7 @@ class LoraQKV(Function):
         kernel = use_triton(y) and y.numel() > 0
         ranks = _fused_ranks(group)
         fused = kernel and all(rank_slots(r) <= _MAX_FUSED_SLOTS for r in ranks)
-        siblings_forward(x2d, group, low, y, dtypes, updates_later=fused)
+        fused = not siblings_forward(x2d, group, low, y, dtypes, updates_later=fused)
         if kernel:
             _add_and_rotate(
                 y,

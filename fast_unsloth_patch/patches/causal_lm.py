@@ -22,6 +22,7 @@ from ..ops.linear_cross_entropy import compute_dtype, linear_cross_entropy, prep
 from ..status import Tally
 from . import guards
 from .lazy_logits import lazy_logits, reads_logits
+from .padding import PADDING, padding_of
 
 # As they were when this module was imported: a library that replaces either has its own loss in mind.
 _STOCK_LOSS = loss_utils.ForCausalLMLoss
@@ -182,6 +183,9 @@ def causal_lm_forward(stock: Callable, tally: Tally) -> Callable:
             ignore_index=kwargs.get("ignore_index", -100),
             device=head.weight.device,
         )
+        padding = padding_of(
+            self.model, attention_mask, labels, kwargs.get("shift_labels"), kwargs.get("ignore_index", -100)
+        )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -190,6 +194,7 @@ def causal_lm_forward(stock: Callable, tally: Tally) -> Callable:
             use_cache=use_cache,
             **{cache_argument: cache},
             **kwargs,
+            **({} if padding is None else {PADDING: padding}),
         )
         hidden = outputs.last_hidden_state
         reason = _why_stock_head(hidden, head.weight, kept.total)

@@ -24,6 +24,7 @@ from ..ops.lora_qkv import lora_qkv
 from ..ops.rms_norm import residual_rms_norm, rms_norm
 from ..status import Tally
 from . import checkpointing, guards
+from .documents import PACKING
 from .guards import holder_of
 from .plan import Plan, children_plan
 
@@ -100,6 +101,7 @@ def _attention_forward(stock: Callable, tally: Tally, *, windowed: bool) -> Call
         by_old_name = kwargs.pop("past_key_values", None)
         if cache is None:
             cache = by_old_name
+        packing = kwargs.pop(PACKING, None)
         plan = (
             guards.blocked(self, hidden_states)
             or _rotary_reason(self, hidden_states, position_embeddings, modeling, rotary)
@@ -108,8 +110,12 @@ def _attention_forward(stock: Callable, tally: Tally, *, windowed: bool) -> Call
         # Without autocast, cos and sin of another dtype would promote q and k.
         if isinstance(plan, Plan) and plan.autocast is None and position_embeddings[0].dtype is not hidden_states.dtype:
             plan = "rotary dtype"
+        if packing is not None and isinstance(plan, Plan):
+            plan = packing.refused(self, plan.autocast or hidden_states.dtype) or plan
         if isinstance(plan, str):
             tally.fall_back(plan)
+            if packing is not None:
+                return packing.run_stock(stock, self, hidden_states, position_embeddings, kwargs)
             return stock(self, hidden_states, position_embeddings, attention_mask, cache, **kwargs)
         tally.hit(checkpointing.recomputing())
         q_proj, k_proj, v_proj, o_proj = plan.projections
@@ -117,6 +123,9 @@ def _attention_forward(stock: Callable, tally: Tally, *, windowed: bool) -> Call
         query, key, value = lora_qkv(hidden_states, q_proj, k_proj, v_proj, cos, sin, self.head_dim, tally=tally)
         # One backward counts once, in the op that backward reaches last.
         o_tally = None if value.requires_grad else tally
+        if packing is not None:
+            attn_output = packing.attend(query, key, value, self.scaling).reshape(*hidden_states.shape[:-1], -1)
+            return lora_linear(attn_output, o_proj, tally=o_tally), None
         if cache is not None:
             told = {"kwargs": kwargs} if tells_cache_kwargs else {}
             key, value = cache.update(key, value, self.layer_idx, **told)
@@ -138,6 +147,7 @@ def _attention_forward(stock: Callable, tally: Tally, *, windowed: bool) -> Call
         attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1)
         return lora_linear(attn_output, o_proj, tally=o_tally), attn_weights
 
+    forward.takes_packing = True  # type: ignore[attr-defined]
     return forward
 
 
@@ -260,7 +270,7 @@ def decoder_layer_forward(stock: Callable, tally: Tally) -> Callable:
 
 def _joined(layer: nn.Module, name: str) -> Callable | None:
     """``with_residual`` of the child's patched forward; None where the child must be called as a module."""
-    child = layer._modules[name]
+    child: Any = layer._modules[name]
     with_residual = getattr(type(child).forward, "with_residual", None)
     if with_residual is None or guards.hooked(child) or guards.hooked_globally():
         return None
