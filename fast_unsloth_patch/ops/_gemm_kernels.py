@@ -3,7 +3,11 @@
 Each program takes every sm_count-th tile, in an order that keeps a group of row blocks in the L2 cache; operands come
 and results leave through tensor descriptors. The siblings' weights are parameters of their own, so each has its
 descriptor, and a tile picks one. After Triton's tutorial "Persistent Matmul" (MIT); grouped order: its tutorial "Matrix
-Multiplication". One loop over tiles and steps (the tutorial's flattened form) was measured slower by 15 %.
+Multiplication".
+
+Measured slower on an H200 (benchmarks/results/h200-notes.md): one loop over tiles and steps (the tutorial's flattened
+form), by 15 %; SwiGLU's backward, or gate and up beside the activation, in the epilogue: nothing multiplies while an
+epilogue moves bytes.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Large products go to the persistent GEMM (`gemm`) where it runs, which adds the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from ..device.dispatch import use_triton
 from ..weights import dequantize_stacked
 from ..weights.dense import DenseWeight
-from . import gemm
+from . import down_outer, gemm
 from ._operands import (
     TENSORS,
     Dtypes,
@@ -130,8 +130,32 @@ class Low(NamedTuple):
     packed: torch.Tensor | None
 
 
-def project_down(x: torch.Tensor, group: list[Operands], masks: torch.Tensor | None, dtype: torch.dtype) -> Low:
-    """u of the adapters of ``group``; empty if there is none."""
+class Memo(NamedTuple):
+    """Carries `Low` from one call of an op to another call on the same operands (a checkpointed region's recompute).
+
+    Args:
+        low: u and packed of the earlier call, or None.
+        keep: takes them for a later call.
+    """
+
+    low: tuple[torch.Tensor | None, ...] | None
+    keep: Callable[..., None]
+
+
+def project_down(
+    x: torch.Tensor, group: list[Operands], masks: torch.Tensor | None, dtype: torch.dtype, memo: Memo | None = None
+) -> Low:
+    """u of the adapters of ``group``; empty if there is none. With masks, which are drawn anew, no ``memo`` counts."""
+    if memo is None or masks is not None:
+        return _project_down(x, group, masks, dtype)
+    if memo.low is not None:
+        return Low(*memo.low)
+    low = _project_down(x, group, masks, dtype)
+    memo.keep(*low)
+    return low
+
+
+def _project_down(x: torch.Tensor, group: list[Operands], masks: torch.Tensor | None, dtype: torch.dtype) -> Low:
     with_adapter = adapted(group)
     if not with_adapter:
         return Low(None, None)
@@ -228,7 +252,8 @@ def linear_forward(
         return
     if dtypes.y is dtypes.base:
         if u is not None:
-            add_update(u, op, dtypes.low, out)
+            add_update(u, op, dtypes.low, out, addend=residual)
+            residual = None
         _base_gemm(x, weight, bias, out, accumulate=u is not None)
     else:
         y = torch.empty(out.shape, dtype=dtypes.base, device=out.device)
@@ -272,9 +297,13 @@ def siblings_forward(
 
 
 def swiglu_forward(x: torch.Tensor, group: list[Operands], low: Low, dtypes: Dtypes) -> torch.Tensor | None:
-    """``silu(gate) * up`` [T, I] of the siblings gate and up without ever writing either; None where no kernel does."""
+    """``silu(gate) * up`` [T, I] of the siblings gate and up, neither of which is written; None where no kernel does
+    that.
+    """
+    if low.u is None or x.shape[0] < gemm.MIN_TOKENS:
+        return None
     weights, _ = base_values(group, dtypes.base, forward=True)
-    if low.u is None or not _by_gemm(x, weights, group, dtypes):
+    if not _by_gemm(x, weights, group, dtypes):
         return None
     return gemm.gemm_swiglu(x, *weights, update=_update(low.u, group, [op.b for op in group]))
 
@@ -289,10 +318,17 @@ def input_gradient(
 
 
 def add_update(
-    u: torch.Tensor, op: Operands, dtype: torch.dtype, y: torch.Tensor, *, add: bool = False
+    u: torch.Tensor,
+    op: Operands,
+    dtype: torch.dtype,
+    y: torch.Tensor,
+    *,
+    add: bool = False,
+    addend: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``y (+)= u B^T`` for one adapter, written into y."""
-    return expand(u, Siblings((op.b.contiguous(),), (1.0,), by_rows=True), dtype, y, add=add)  # type: ignore[union-attr]
+    """``y (+)= u B^T (+ addend)`` for one adapter, written into y."""
+    b = Siblings((op.b.contiguous(),), (1.0,), by_rows=True)  # type: ignore[union-attr]
+    return expand(u, b, dtype, y, add=add, addend=addend)
 
 
 def siblings_backward(
@@ -333,14 +369,19 @@ def siblings_backward(
         need_a = any([needs[i * TENSORS + 2] for i in where])
         need_b = any([needs[i * TENSORS + 3] for i in where])
         some = [group[i] for i in where]
-        if need_b:
-            for i, db in zip(where, b_gradients(dy, low.u, some, [starts[i] for i in where], dtypes)):
-                grads[i]["b"] = db
-        if need_a or need_dx:
-            du = down_gradient(dy, some, [starts[i] for i in where], dtypes)
-            if need_a:
-                for i, da in zip(where, a_gradients(du, kept, low, some, masks, dtypes)):
-                    grads[i]["a"] = da
+        firsts = [starts[i] for i in where]
+        dbs: list[torch.Tensor] = []
+        if need_b and (need_a or need_dx):
+            du, dbs = output_gradients(dy, low.u, some, firsts, dtypes)
+        elif need_b:
+            dbs = b_gradients(dy, low.u, some, firsts, dtypes)
+        elif need_a or need_dx:
+            du = down_gradient(dy, some, firsts, dtypes)
+        for i, db in zip(where, dbs):
+            grads[i]["b"] = db
+        if need_a:
+            for i, da in zip(where, a_gradients(du, kept, low, some, masks, dtypes)):  # type: ignore[arg-type]
+                grads[i]["a"] = da
     for i, op in enumerate(group):
         dy_i = dy[:, starts[i] : starts[i + 1]]
         grads[i].update(base_grads(dy_i, kept.x, op, needs[i * TENSORS : (i + 1) * TENSORS]))
@@ -377,6 +418,22 @@ def _columns_of(dy: torch.Tensor, group: list[Operands], starts: list[int]) -> l
     return [dy[:, start : start + op.weight.shape[0]] for op, start in zip(group, starts)]
 
 
+def output_gradients(
+    dy: torch.Tensor, u: torch.Tensor | None, group: list[Operands], starts: list[int], dtypes: Dtypes
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """``du_j = s_j dy_j B_j`` and ``dB_j = dy_j^T u_j``: one pass over dy where it is so wide that this pays."""
+    on_dy = _on_dy(group, starts)
+    wide = dy.shape[1] > _WIDE and dy.shape[0] >= LIBRARY_TOKENS
+    if wide and dtypes.x is dtypes.low and down_outer.covers(dy, on_dy, dtypes.low):
+        return down_outer.down_outer(dy, u, on_dy, dtypes.low)  # type: ignore[arg-type]
+    return down_gradient(dy, group, starts, dtypes), b_gradients(dy, u, group, starts, dtypes)
+
+
+def _on_dy(group: list[Operands], starts: list[int]) -> Siblings:
+    b = tuple([op.b.contiguous() for op in group])  # type: ignore[union-attr]
+    return Siblings(b, tuple([op.scaling for op in group]), by_rows=True, starts=tuple(starts))
+
+
 def b_gradients(dy, u, group: list[Operands], starts: list[int], dtypes: Dtypes) -> list[torch.Tensor]:
     """``dB_j = dy_j^T u_j``."""
     if dtypes.x is not dtypes.low:
@@ -393,10 +450,9 @@ def b_gradients(dy, u, group: list[Operands], starts: list[int], dtypes: Dtypes)
 
 def down_gradient(dy: torch.Tensor, group: list[Operands], starts: list[int], dtypes: Dtypes) -> torch.Tensor:
     """``du_j = s_j dy_j B_j`` [T, slots] of projections with an adapter; ``starts``: their first columns in dy."""
-    b = tuple([op.b.contiguous() for op in group])  # type: ignore[union-attr]
-    on_dy = Siblings(b, tuple([op.scaling for op in group]), by_rows=True, starts=tuple(starts))
+    on_dy = _on_dy(group, starts)
     # One launch for all siblings is as fast as a GEMM each, but for the widest.
-    ranks = tuple([m.shape[1] for m in b])
+    ranks = tuple([m.shape[1] for m in on_dy.mats])
     if not by_library(dy, ranks, None, dtypes.low) or (
         dy.shape[1] <= _WIDE and use_triton(dy) and layout(group).width <= MAX_SLOTS
     ):

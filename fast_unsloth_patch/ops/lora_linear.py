@@ -30,7 +30,17 @@ from ._operands import (
     rows,
     without_autocast,
 )
-from ._siblings import Input, Low, draw_masks, keep_input, linear_forward, project_down, seed_for, siblings_backward
+from ._siblings import (
+    Input,
+    Low,
+    Memo,
+    draw_masks,
+    keep_input,
+    linear_forward,
+    project_down,
+    seed_for,
+    siblings_backward,
+)
 
 __all__ = ["Adapter", "LoraLinear", "Projection", "lora_linear"]
 
@@ -39,11 +49,11 @@ class LoraLinear(Function):
     """Autograd node of ``lora_linear``; saves x, u, the masks and the parameters."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, lora_bias, values, dtypes, seed, tally):
+    def forward(ctx, x, weight, bias, a, b, lora_bias, values, dtypes, seed, memo, tally):
         (op,) = operands((weight, bias, a, b, lora_bias), (values,))
         x2d = rows(x, dtypes.x)
         masks = draw_masks(x2d, [op], seed) if a is not None else None
-        low = project_down(x2d, [op], masks, dtypes.low)
+        low = project_down(x2d, [op], masks, dtypes.low, memo)
         # Not a view: FSDP2 warns of those.
         y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=dtypes.y, device=x.device)
         linear_forward(x2d, op, low.u, dtypes, y.view(x2d.shape[0], weight.shape[0]))
@@ -74,10 +84,10 @@ class LoraLinear(Function):
             )
         if dx is not None:
             dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
-        return dx, *grads, None, None, None, None
+        return dx, *grads, None, None, None, None, None
 
 
-def lora_linear(x: torch.Tensor, proj: Projection, *, tally: Any = None) -> torch.Tensor:
+def lora_linear(x: torch.Tensor, proj: Projection, *, memo: Memo | None = None, tally: Any = None) -> torch.Tensor:
     """``x W^T + bias + scaling * (dropout(x) A^T) B^T``.
 
     Under autocast everything is computed in the autocast dtype. Without it the base GEMM runs in x's dtype and the
@@ -87,6 +97,7 @@ def lora_linear(x: torch.Tensor, proj: Projection, *, tally: Any = None) -> torc
     Args:
         x: [..., K].
         proj: weight, bias and adapter; any of the parameters may be trainable.
+        memo: carries ``x A^T`` from the forward of a checkpointed region to its recompute.
         tally: object with ``hit_backward()``, called once a backward.
 
     Returns:
@@ -97,4 +108,4 @@ def lora_linear(x: torch.Tensor, proj: Projection, *, tally: Any = None) -> torc
     """
     check_width(x.shape[-1], proj)
     dtypes = resolve_dtypes(x, proj)
-    return LoraLinear.apply(x, *flatten(proj), factors(proj), dtypes, seed_for(x, proj), tally)
+    return LoraLinear.apply(x, *flatten(proj), factors(proj), dtypes, seed_for(x, proj), memo, tally)

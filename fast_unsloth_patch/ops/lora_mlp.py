@@ -2,12 +2,12 @@
 
 ``y = down(silu(gate(x)) * up(x)) (+ residual)``.
 
-Where the persistent GEMM runs it adds the low-rank updates; where gate and up are kept by nobody, it forms the hidden
-activation in its epilogue. With library GEMMs the SwiGLU kernels, which are bound by memory, add the updates from the
-r-wide ``u`` in registers, in the forward and again in the backward, so that LoRA on gate and up costs no pass over the
-intermediate, and the backward kernel does the same for the update of ``dY W_down``. That kernel overwrites gate and up
-with their gradients and leaves the hidden activation in dh's place: nothing of the intermediate's size is allocated but
-dh. It overwrites only where no second backward can come.
+Where the persistent GEMM runs it adds the low-rank updates, and forms the hidden activation in its epilogue where gate
+and up are kept by nobody. With library GEMMs the SwiGLU kernels, which are bound by memory, add the updates from the
+r-wide ``u`` in registers, so that LoRA on gate and up costs no pass over the intermediate, and the backward kernel does
+the same for the update of ``dY W_down``. That kernel overwrites gate and up with their gradients (only where no second
+backward can come) and leaves the hidden activation in dh's place: nothing of the intermediate's size is allocated but
+dh.
 
 In the recompute of a checkpointed layer whose output nobody reads (``need_output=False``) the forward stops before
 SwiGLU: the hidden activation is formed in backward anyway, and u of ``down`` from it (which is why that u alone is
@@ -48,6 +48,7 @@ from ._operands import (
 from ._siblings import (
     Input,
     Low,
+    Memo,
     a_gradients,
     b_gradients,
     base_grads,
@@ -245,18 +246,18 @@ class LoraMLP(Function):
 
     @staticmethod
     def forward(ctx, x, residual, *rest):
-        *tensors, values, dtypes, seed, need_output, keep, tally = rest
+        *tensors, values, dtypes, seed, need_output, keep, memo, tally = rest
         gate, up, op_down = operands(tuple(tensors), values)
         group = [gate, up]
         x2d = rows(x, dtypes.base)
         width = gate.weight.shape[0]
         masks = draw_masks(x2d, adapted(group), seed)
-        low = project_down(x2d, group, masks, dtypes.low)
+        low = project_down(x2d, group, masks, dtypes.low, memo)
         h = None if keep or not need_output else swiglu_forward(x2d, group, low, dtypes)
         if h is None:
             gu = torch.empty((x2d.shape[0], 2 * width), dtype=dtypes.base, device=x.device)
             updates_left = not siblings_forward(x2d, group, low, gu, dtypes, updates_later=_fused(gu, group))
-        else:  # for the shape of it: nobody reads what this call saves
+        else:  # for the shape of it
             gu, updates_left = h.new_zeros(()).expand(x2d.shape[0], 2 * width), False
         masks_down = draw_masks(gu[:, :width], adapted([op_down]), seed, _DOWN_STREAM)
         if need_output:
@@ -293,18 +294,18 @@ class LoraMLP(Function):
             dy = rows(dy, dtypes.base)
             du = None if op_down.a is None else down_gradient(dy, [op_down], [0], dtypes)
             weight, du_left = base_value(op_down, dtypes.base, forward=False), du
-            dh = input_gradient(dy, [weight], [op_down], du, dtypes) if masks_down is None else None
-            if dh is not None:
+            h = input_gradient(dy, [weight], [op_down], du, dtypes) if masks_down is None else None  # dh for now
+            if h is not None:
                 du_left = None
             else:
-                dh = torch.mm(dy, weight)
+                h = torch.mm(dy, weight)
             del weight
-            if du_left is not None and use_triton(dh) and rank_slots(op_down.a.shape[0]) > _MAX_FUSED_SLOTS:  # type: ignore[union-attr]
-                expand(du_left, on_input([op_down], masks_down), dtypes.low, dh, add=True)
+            if du_left is not None and use_triton(h) and rank_slots(op_down.a.shape[0]) > _MAX_FUSED_SLOTS:  # type: ignore[union-attr]
+                expand(du_left, on_input([op_down], masks_down), dtypes.low, h, add=True)
                 du_left = None
             dgu = torch.empty_like(gu) if _second_backward_possible() else gu
             _swiglu_backward(
-                dh,
+                h,
                 gu,
                 dgu,
                 u if ctx.updates_left else None,
@@ -314,8 +315,8 @@ class LoraMLP(Function):
                 masks_down if du_left is not None else None,
             )
             start = 2 + 2 * TENSORS
-            down_grads = _down_backward(dy, dh, op_down, du, masks_down, dtypes, needs[start : start + TENSORS])
-            del dh
+            down_grads = _down_backward(dy, h, op_down, du, masks_down, dtypes, needs[start : start + TENSORS])
+            del h
             dx, parts = siblings_backward(
                 dgu,
                 Input(*kept),
@@ -328,7 +329,7 @@ class LoraMLP(Function):
             )
         if dx is not None:
             dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
-        return dx, d_residual, *parts[0], *parts[1], *down_grads, None, None, None, None, None, None
+        return dx, d_residual, *parts[0], *parts[1], *down_grads, None, None, None, None, None, None, None
 
 
 def _down_backward(dy, h, op: Operands, du, masks, dtypes: Dtypes, needs) -> OperandGrads:
@@ -353,6 +354,7 @@ def lora_mlp(
     residual: torch.Tensor | None = None,
     need_output: bool = True,
     keep: bool = True,
+    memo: Memo | None = None,
     tally: Any = None,
 ) -> torch.Tensor:
     """``down(silu(gate(x)) * up(x))``, each projection with its own adapter or none, plus ``residual`` if given.
@@ -366,6 +368,7 @@ def lora_mlp(
             then zeros of the right shape and dtype, and everything that backward needs is saved.
         keep: False where nobody will read what this call saves for backward (the forward of a checkpointed region,
             whose recompute saves it again): gate and up need not be written then.
+        memo: carries ``x A^T`` of gate and up from the forward of a checkpointed region to its recompute.
         tally: object with ``hit_backward()``, called once a backward.
 
     Returns:
@@ -388,5 +391,5 @@ def lora_mlp(
         )
     return LoraMLP.apply(
         x, residual, *flatten(gate), *flatten(up), *flatten(down), (factors(gate), factors(up), factors(down)),
-        one_dtype(x, gate, up, down), seed_for(x, gate, up, down), need_output, keep, tally,
+        one_dtype(x, gate, up, down), seed_for(x, gate, up, down), need_output, keep, memo, tally,
     )  # fmt: skip

@@ -35,7 +35,17 @@ from ._operands import (
     rows,
     without_autocast,
 )
-from ._siblings import Input, Low, draw_masks, keep_input, project_down, seed_for, siblings_backward, siblings_forward
+from ._siblings import (
+    Input,
+    Low,
+    Memo,
+    draw_masks,
+    keep_input,
+    project_down,
+    seed_for,
+    siblings_backward,
+    siblings_forward,
+)
 from .low_rank import layout_of, precision, rank_slots, widened
 from .rope import rope
 
@@ -246,14 +256,14 @@ class LoraQKV(Function):
 
     @staticmethod
     def forward(ctx, x, cos, sin, *rest):
-        *tensors, values, dtypes, head_dim, rotate, seed, tally = rest
+        *tensors, values, dtypes, head_dim, rotate, seed, memo, tally = rest
         group = operands(tuple(tensors), values)
         batch, seq, _ = x.shape
         x2d = rows(x, dtypes.base)
         widths = [op.weight.shape[0] for op in group]
         heads = (widths[0] // head_dim, widths[1] // head_dim)
         masks = draw_masks(x2d, adapted(group), seed)
-        low = project_down(x2d, group, masks, dtypes.low)
+        low = project_down(x2d, group, masks, dtypes.low, memo)
         y = torch.empty((batch * seq, sum(widths)), dtype=dtypes.base, device=x.device)
         kernel = use_triton(y) and y.numel() > 0
         ranks = _fused_ranks(group)
@@ -304,7 +314,7 @@ class LoraQKV(Function):
             )
         if dx is not None:
             dx = dx.view(x_shape).to(x_dtype)
-        return dx, None, None, *parts[0], *parts[1], *parts[2], None, None, None, None, None, None
+        return dx, None, None, *parts[0], *parts[1], *parts[2], None, None, None, None, None, None, None
 
 
 def lora_qkv(
@@ -316,6 +326,7 @@ def lora_qkv(
     sin: torch.Tensor,
     head_dim: int,
     *,
+    memo: Memo | None = None,
     tally: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Projections of x to q, k, v, each with its own adapter (or none), RoPE applied to q and k.
@@ -326,6 +337,7 @@ def lora_qkv(
             own rank, scaling and dropout; masks are independent.
         cos, sin: [1 or B, S, R], R <= head_dim even; where R < head_dim the first R dimensions of a head rotate.
         head_dim: D.
+        memo: carries ``x A^T`` from the forward of a checkpointed region to its recompute.
         tally: object with ``hit_backward()``, called once a backward.
 
     Returns:
@@ -359,7 +371,7 @@ def lora_qkv(
         cos, sin = cos.contiguous(), sin.contiguous()
     out = LoraQKV.apply(
         x, cos, sin, *flatten(q), *flatten(k), *flatten(v), (factors(q), factors(k), factors(v)),
-        one_dtype(x, q, k, v), head_dim, rotate, seed_for(x, q, k, v), tally,
+        one_dtype(x, q, k, v), head_dim, rotate, seed_for(x, q, k, v), memo, tally,
     )  # fmt: skip
     if rotate:
         return out

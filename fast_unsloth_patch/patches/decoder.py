@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers.activations import SiLUActivation
 
+from ..ops._siblings import Memo
 from ..ops.lora_linear import lora_linear
 from ..ops.lora_mlp import lora_mlp
 from ..ops.lora_qkv import lora_qkv
@@ -120,12 +121,14 @@ def _attention_forward(stock: Callable, tally: Tally, *, windowed: bool) -> Call
         tally.hit(checkpointing.recomputing())
         q_proj, k_proj, v_proj, o_proj = plan.projections
         cos, sin = position_embeddings
-        query, key, value = lora_qkv(hidden_states, q_proj, k_proj, v_proj, cos, sin, self.head_dim, tally=tally)
+        query, key, value = lora_qkv(
+            hidden_states, q_proj, k_proj, v_proj, cos, sin, self.head_dim, memo=_memo(self, "qkv"), tally=tally
+        )
         # One backward counts once, in the op that backward reaches last.
         o_tally = None if value.requires_grad else tally
         if packing is not None:
             attn_output = packing.attend(query, key, value, self.scaling).reshape(*hidden_states.shape[:-1], -1)
-            return lora_linear(attn_output, o_proj, tally=o_tally), None
+            return lora_linear(attn_output, o_proj, memo=_memo(self, "o"), tally=o_tally), None
         if cache is not None:
             told = {"kwargs": kwargs} if tells_cache_kwargs else {}
             key, value = cache.update(key, value, self.layer_idx, **told)
@@ -145,7 +148,7 @@ def _attention_forward(stock: Callable, tally: Tally, *, windowed: bool) -> Call
             **kwargs,
         )
         attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1)
-        return lora_linear(attn_output, o_proj, tally=o_tally), attn_weights
+        return lora_linear(attn_output, o_proj, memo=_memo(self, "o"), tally=o_tally), attn_weights
 
     forward.takes_packing = True  # type: ignore[attr-defined]
     return forward
@@ -201,8 +204,17 @@ def mlp_forward(stock: Callable, tally: Tally) -> Callable:
             return y if residual is None else residual + y
         tally.hit(checkpointing.recomputing())
         gate, up, down = plan.projections
-        need_output = not checkpointing.output_unused(self)
-        return lora_mlp(x, gate, up, down, residual=residual, need_output=need_output, tally=tally)
+        return lora_mlp(
+            x,
+            gate,
+            up,
+            down,
+            residual=residual,
+            need_output=not checkpointing.output_unused(self),
+            keep=not checkpointing.discarded(),
+            memo=_memo(self, "gate_up"),
+            tally=tally,
+        )
 
     def forward(self, x):
         return with_residual(self, x, None)
@@ -266,6 +278,11 @@ def decoder_layer_forward(stock: Callable, tally: Tally) -> Callable:
     # What `checkpointing.output_unused` wants to know of a layer: the MLP's values go into the sum that is returned.
     forward.ends_with_mlp = True  # type: ignore[attr-defined]
     return forward
+
+
+def _memo(module: nn.Module, name: str) -> Memo:
+    """What carries an op's small products from the forward of a checkpointed region to its recompute."""
+    return Memo(checkpointing.kept(module, name), partial(checkpointing.keep, module, name))
 
 
 def _joined(layer: nn.Module, name: str) -> Callable | None:
