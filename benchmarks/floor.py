@@ -8,13 +8,15 @@ Every large GEMM and attention call of the step, each at the best time that PyTo
 recompute of each layer under checkpointing. No norm, no LoRA, no element-wise pass, no optimizer. Frozen weights need
 no dW; `--mode full` adds them. Real work can go below: the recompute does not need the layer's last GEMM (printed too).
 With packed base weights (`--mode qlora`, `gptq`) the floor is that of LoRA; what their dequantisation moves, at the
-speed of a copy, is told beside it, since a kernel that multiplies by packed weights need not do it.
+speed of a copy, is told beside it, since a kernel that multiplies by packed weights need not do it. Of packed or padded
+rows: the tokens that are no padding, attention inside each document only.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import math
 import statistics
 import sys
@@ -25,10 +27,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import quantised
+import records
 import report
+from batches import documents
 from shapes import MODES, SHAPES, Case, Shape, read_plan
 
-Call = Callable[[], object]
+Call = Callable[[], Any]
 
 
 class Part(NamedTuple):
@@ -139,42 +143,112 @@ class Gemms:
         return min((stacked[0], f"stacked, {stacked[1]}"), (apart, "apart"))
 
 
-def attention(shape: Shape, batch: int, seq: int, device: str) -> dict[str, tuple[float, str]]:
-    """Best causal attention, forward and backward: milliseconds and what gave them."""
+def attention(shape: Shape, sizes: list[int], device: str, *, variable: bool = False) -> dict[str, tuple[float, str]]:
+    """Best causal attention inside each of documents of these sizes: milliseconds and what gave them, for both ways.
+
+    Documents of one size may be the rows of a batch. `variable`: also as one row of FlashAttention's variable-length
+    form, which is the only one that knows sliding windows.
+    """
     import torch
+
+    window = shape.sliding_window if shape.sliding_window and shape.sliding_window < max(sizes) else None
+    candidates: list[tuple[str, Any, Call]] = []
+    if device == "cpu":
+        candidates.append(_one_by_one(shape, sizes, window))
+    else:
+        if len(set(sizes)) == 1 and window is None:
+            candidates += _batched(shape, len(sizes), sizes[0], device)
+        if variable or window is not None:
+            candidates.append(_variable(shape, sizes, window, device))
+    found: dict[str, list[tuple[float, str]]] = {"forward": [], "backward": []}
+    for name, operands, forward in candidates:
+        try:
+            out = forward()
+        except RuntimeError as error:  # this backend does not take this case
+            print(f"  {name}: {str(error).splitlines()[0]}", file=sys.stderr)
+            continue
+        backward = partial(torch.autograd.grad, out, operands, torch.randn_like(out), retain_graph=True)
+        with torch.no_grad():
+            found["forward"].append((time_ms([forward] * 4, device), name))
+        found["backward"].append((time_ms([backward] * 4, device), name))
+    return {way: min(times) for way, times in found.items()}
+
+
+def _operands(shape: Shape, size: Callable[[int], tuple[int, ...]], device: str, swap: bool = False) -> tuple[Any, ...]:
+    """q, k, v of these sizes, a function of the number of heads; `swap`: dimensions 1 and 2 as attention wants them."""
+    import torch
+
+    tensors = (torch.randn(size(n), device=device, dtype=torch.bfloat16) for n in (shape.heads, *2 * [shape.kv_heads]))
+    return tuple((t.transpose(1, 2) if swap else t).requires_grad_() for t in tensors)
+
+
+def _batched(shape: Shape, batch: int, seq: int, device: str) -> list[tuple[str, Any, Call]]:
+    """sdpa over rows of a batch, by each backend and in each layout."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
-    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION] if device == "cuda" else [SDPBackend.MATH]
-    found: dict[str, list[tuple[float, str]]] = {"forward": [], "backward": []}
-    for layout in ("[B,S,H,D]", "[B,H,S,D]"):
+    def call(backend: Any, q: Any, k: Any, v: Any) -> Any:
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-        def operand(heads: int, layout: str = layout) -> Any:
-            swap = layout == "[B,S,H,D]"
-            size = (batch, seq, heads, shape.head_dim) if swap else (batch, heads, seq, shape.head_dim)
-            tensor = torch.randn(size, device=device, dtype=torch.bfloat16)
-            return (tensor.transpose(1, 2) if swap else tensor).requires_grad_()
-
-        q, k, v = operand(shape.heads), operand(shape.kv_heads), operand(shape.kv_heads)
-        forward = partial(scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True)
-        for backend in backends:
+    d = shape.head_dim
+    layouts = {"[B,S,H,D]": (lambda n: (batch, seq, n, d), True), "[B,H,S,D]": (lambda n: (batch, n, seq, d), False)}
+    found: list[tuple[str, Any, Call]] = []
+    for layout, (size, swap) in layouts.items():
+        operands = _operands(shape, size, device, swap)
+        for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
             name = f"{backend.name.split('_')[0].lower()} {layout}"
-            with sdpa_kernel(backend):
-                try:
-                    out = forward()
-                except RuntimeError as error:  # this backend does not take this case
-                    print(f"  {name}: {str(error).splitlines()[0]}", file=sys.stderr)
-                    continue
-                backward = partial(torch.autograd.grad, out, (q, k, v), torch.randn_like(out), retain_graph=True)
-                with torch.no_grad():
-                    found["forward"].append((time_ms([forward] * 4, device), name))
-                found["backward"].append((time_ms([backward] * 4, device), name))
-    return {way: min(times) for way, times in found.items()}
+            found.append((name, operands, partial(call, backend, *operands)))
+    return found
+
+
+def _variable(shape: Shape, sizes: list[int], window: int | None, device: str) -> tuple[str, Any, Call]:
+    """The operator that `torch.nn.attention.varlen` wraps, whose arguments are older and stay the same."""
+    import torch
+
+    q, k, v = operands = _operands(shape, lambda n: (sum(sizes), n, shape.head_dim), device)
+    ends = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32, device=device)
+    longest, left = max(sizes), -1 if window is None else window - 1
+
+    def forward() -> Any:
+        return torch.ops.aten._flash_attention_forward(
+            q, k, v, ends, ends, longest, longest, 0.0, True, False, window_size_left=left, window_size_right=0
+        )[0]
+
+    return f"variable length, {len(sizes)} documents", operands, forward
+
+
+def _one_by_one(shape: Shape, sizes: list[int], window: int | None) -> tuple[str, Any, Call]:
+    """For a CPU, where only the script is looked at."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    operands = _operands(shape, lambda n: (n, sum(sizes), shape.head_dim), "cpu")
+
+    def forward() -> Any:
+        outs = []
+        for n, q, k, v in zip(sizes, *(t.split(sizes, 1) for t in operands)):
+            mask = torch.ones(n, n, dtype=torch.bool).tril().triu(1 - (window or n))
+            outs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True))
+        return torch.cat(outs, 1)
+
+    return "cpu", operands, forward
+
+
+def attention_flops(shape: Shape, sizes: list[int]) -> float:
+    """Of the forward: two GEMMs over the triangle of each document, as far as the window reaches. Backward has five."""
+
+    def pairs(n: int) -> float:
+        w = min(n, shape.sliding_window or n)
+        return n * w - w * w / 2
+
+    return 4.0 * shape.heads * shape.head_dim * sum(map(pairs, sizes))
 
 
 def measure(case: Case, gemms: Gemms) -> list[Part]:
     """All parts of a step of `case`."""
-    shape, t = SHAPES[case.model], case.batch * case.seq
+    shape, sizes = SHAPES[case.model], documents(case)
+    t = sum(sizes)
     layers = case.layers or shape.layers
     groups = {
         "qkv": (shape.hidden, [shape.heads * shape.head_dim] + 2 * [shape.kv_heads * shape.head_dim]),
@@ -193,9 +267,8 @@ def measure(case: Case, gemms: Gemms) -> list[Part]:
         parts.append(Part(f"{name} dX", count, *_timed(gemms.siblings(t, k, widths, "nn"), flops)))
         if case.mode == "full":
             parts.append(Part(f"{name} dW", count, *_timed(gemms.siblings(t, k, widths, "tn"), flops)))
-    # two GEMMs over the lower triangle forward, five backward
-    flops = 2.0 * case.batch * shape.heads * case.seq**2 * shape.head_dim
-    for way, found in attention(shape, case.batch, case.seq, case.device).items():
+    flops = attention_flops(shape, sizes)
+    for way, found in attention(shape, sizes, case.device, variable=bool(case.packed or case.padding)).items():
         count = runs * layers if way == "forward" else layers
         parts.append(Part(f"attention {way}", count, *_timed(found, flops if way == "forward" else 2.5 * flops)))
     return parts
@@ -227,8 +300,6 @@ def unknown(case: Case) -> str | None:
     shape = SHAPES[case.model]
     if shape.experts:
         return f"{shape.title}: a mixture of experts has other GEMMs"
-    if shape.sliding_window and case.seq > shape.sliding_window:
-        return f"sequences of {case.seq} are beyond {shape.title}'s attention window of {shape.sliding_window}"
     return None
 
 
@@ -251,13 +322,13 @@ def record(case: Case, gemms: Gemms, file: str | None) -> None:
         print(f"  + dequantisation {ms:.1f} ms: {moved / 1e9:.0f} GB at {rate:.0f} GB/s", flush=True)
     if file:
         path = Path(file)
-        results = report.load_results(path)
+        results = records.load_results(path)
         results["floors"].append({
             "title": report.floor_title(case), "total_ms": total, "without_last_gemm_ms": total - less,
             "parts": [part._asdict() for part in parts], "date": datetime.date.today().isoformat(), **packed,
-            **report.environment(case.device),
+            **records.environment(case.device),
         })  # fmt: skip
-        report.save_results(path, results)
+        records.save_results(path, results)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -267,6 +338,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--packed", type=int, default=0, metavar="DOCS", help="rows of so many documents of one length")
+    parser.add_argument("--padding", type=float, default=0.0, metavar="SHARE", help="share of padding, 0.5 for half")
     parser.add_argument("--layers", type=int, help="only so many decoder layers")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--plan", type=Path, help="the floor of each case of a plan of train_step.py, each once")
@@ -277,7 +350,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         cases = [Case(
             options.model, options.mode, options.batch, options.seq, options.checkpointing,
-            layers=options.layers, device=options.device,
+            layers=options.layers, device=options.device, packed=options.packed, padding=options.padding,
         )]  # fmt: skip
     for case in cases:
         if reason := unknown(case):

@@ -9,7 +9,7 @@ relative error of the outputs and of the gradients against the same formula in f
 further off than PyTorch's own rounding explains. Dequantisation is exact: its error is how many values differ from the
 reference's, and it is measured once a model, since it knows no tokens.
 
-A new op is one function in `benches.py`.
+A new op is one function in `benches.py` or `benches_layer.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import report
+import records
 import torch
 from floor import copies, copy_gb_s, time_ms
 from shapes import SHAPES
@@ -33,16 +33,18 @@ from torch import Tensor
 
 if __name__ == "__main__":
     # The checkout has to come first for its code to be what is measured.
-    sys.path.insert(0, str(report.ROOT))
+    sys.path.insert(0, str(records.ROOT))
 
 from benches import DTYPE, OPS, WEIGHT_OPS, Bench
+from benches_layer import LAYER_OPS
 
 if __name__ == "__main__":
     # The folder of a script is on sys.path, where this file would pass for Hugging Face's `kernels`.
     sys.path.remove(str(Path(__file__).resolve().parent))
 
 Call = Callable[[], object]
-ALL = OPS | WEIGHT_OPS
+TOKEN_OPS = OPS | LAYER_OPS
+ALL = TOKEN_OPS | WEIGHT_OPS
 
 
 class Limits(NamedTuple):
@@ -146,12 +148,12 @@ def _calls(bench: Bench, fn: Callable[..., Any], direction: str) -> Call:
     return partial(torch.autograd.grad, out, wanted, [torch.randn_like(o) for o in out], retain_graph=True)
 
 
-def measure(build: Callable[[], Bench], limits: Limits, device: str) -> list[report.Row]:
+def measure(build: Callable[[], Bench], limits: Limits, device: str) -> list[records.Row]:
     """One row an implementation and direction."""
     first = build()
     errors = parity(first)
     sets = [first, *(build() for _ in range(copies(sum(t.nbytes for t in first.inputs), device) - 1))]
-    rows: list[report.Row] = []
+    rows: list[records.Row] = []
     for impl in first.impls:
         for direction, work in first.work.items():
             ms, host_us = timed([_calls(bench, bench.impls[impl], direction) for bench in sets], device)
@@ -171,7 +173,7 @@ def _gradients(bench: Bench) -> int:
     return sum(t.requires_grad for t in bench.inputs)
 
 
-def _line(row: report.Row) -> str:
+def _line(row: records.Row) -> str:
     parts = row["errors"][: row["outputs"]], row["errors"][row["outputs"] :]
     errors = " ".join(f"{max(part):.1e}" if part else "-" for part in parts)
     return (
@@ -180,13 +182,13 @@ def _line(row: report.Row) -> str:
     )
 
 
-def _save(path: Path, rows: list[report.Row], limits: Limits, device: str) -> None:
-    results: dict[str, list[report.Row]] = report.load_results(path)
+def _save(path: Path, rows: list[records.Row], limits: Limits, device: str) -> None:
+    results: dict[str, list[records.Row]] = records.load_results(path)
     mine = {(row["op"], row["model"], row["tokens"]) for row in rows}
     kept = [r for r in results.get("kernels", []) if (r["op"], r["model"], r["tokens"]) not in mine]
-    stamp = {"date": datetime.date.today().isoformat(), "limits": limits._asdict(), **report.environment(device)}
+    stamp = {"date": datetime.date.today().isoformat(), "limits": limits._asdict(), **records.environment(device)}
     results["kernels"] = kept + [row | stamp for row in rows]
-    report.save_results(path, results)
+    records.save_results(path, results)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -211,10 +213,11 @@ def main(argv: list[str] | None = None) -> int:
     print(f"copy {limits.copy_gb_s:.0f} GB/s, GEMM {limits.gemm_tflop_s:.0f} TFLOP/s")
     print("errors: the worst of the outputs, the worst of the gradients")
     sizes = [16] if options.tiny else [int(tokens) for tokens in options.tokens.split(",")]
-    rows: list[report.Row] = []
+    rows: list[records.Row] = []
     for model, shape in ((model, SHAPES[model]) for model in models):
         jobs = [(name, 0, partial(WEIGHT_OPS[name], shape, device)) for name in names if name in WEIGHT_OPS]
-        jobs += [(n, tokens, partial(OPS[n], shape, tokens, device)) for tokens in sizes for n in names if n in OPS]
+        token_ops = {name: TOKEN_OPS[name] for name in names if name in TOKEN_OPS}
+        jobs += [(name, t, partial(op, shape, t, device)) for t in sizes for name, op in token_ops.items()]
         for name, tokens, build in jobs:
             print(f"{name}, {shape.title}" + (f", {tokens} tokens" if tokens else ""), flush=True)
             found = measure(build, limits, device)

@@ -1,140 +1,25 @@
-"""The results files of the benchmarks: written, compared with stock, and turned into README's tables and one figure.
+"""The results files of the benchmarks turned into README's tables, one figure, and what a run prints.
 
     python benchmarks/report.py            rewrites the tables of README.md and benchmarks/results/ladder.png
     python benchmarks/report.py --check    exit status 1 if README.md is not what the results say
 
-A results file is `{"rows": [...], "floors": [...]}`: a row an arm (`train_step.py`), a floor a case (`floor.py`). In
-the README everything between `<!-- results:begin NAME -->` and `<!-- results:end NAME -->` is generated; NAME is one
-of `TABLES`. Speeds are only compared within one run: a case is shown by its newest run with two implementations.
+In the README everything between `<!-- results:begin NAME -->` and `<!-- results:end NAME -->` is generated; NAME is one
+of `TABLES`. Speeds are only compared within one run: a case is shown by its newest run with two implementations, in a
+table of something special (a ladder, cold starts, host times) by the newest of these that has it.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
-import hashlib
-import importlib.metadata
-import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from records import ROOT, Row, case_of, load_results
 from shapes import Case
 
-ROOT = Path(__file__).resolve().parent.parent
 NAMES = {"stock": "stock", "fast": "fast_unsloth_patch", "liger": "Liger", "unsloth": "Unsloth"}
-DISTRIBUTIONS = (
-    "torch", "triton", "transformers", "peft", "accelerate", "wrapt", "bitsandbytes", "gptqmodel", "liger-kernel",
-    "unsloth", "unsloth_zoo",
-)  # fmt: skip
-# Largest relative difference from stock: of the loss of any step, of the gradient norm of the first step, and of any
-# step. fp32 starts at the contract's 1e-5 and has room for what AdamW amplifies later: where a gradient is rounding
-# noise, the update is its sign. bf16: between stock and implementations that round in other places (Liger, Unsloth and
-# ours; Llama-8B LoRA 4x2048, 11 steps, H200) the loss was up to 1.5e-4 to 3.4e-4 apart and the gradient norm 3.3e-3 to
-# 4.5e-3. Allowed is three times that spread for the loss, about twice for the norm; the loss itself moves by tens of
-# per cent. fp16 rounds finer. With dropout each arm draws other masks.
-TOLERANCE = {"fp32": (1e-4, 1e-5, 1e-2), "bf16": (1e-3, 1e-2, 1e-2), "fp16": (1e-3, 1e-2, 1e-2)}
-DROPOUT_TOLERANCE = (1e-2, 5e-2, 2e-1)
-
-Row = dict[str, Any]
-
-
-def load_results(path: Path) -> dict[str, list[Row]]:
-    """The results file, empty if there is none yet. What other benchmarks keep in it is carried along."""
-    return {"rows": [], "floors": []} | (json.loads(path.read_text()) if path.exists() else {})
-
-
-def save_results(path: Path, results: dict[str, list[Row]]) -> None:
-    """Writes the file in one step, so that a run that is killed loses nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    temporary.replace(path)
-
-
-def environment(device: str) -> dict[str, Any]:
-    """The device's name and the versions of all that takes part; imports torch."""
-    import torch
-
-    versions = {"python": sys.version.split()[0], "cuda": torch.version.cuda}
-    for name in DISTRIBUTIONS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    if device != "cuda":
-        return {"device": "CPU", "versions": versions}
-    versions["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return {"device": torch.cuda.get_device_name(), "versions": versions}
-
-
-def commit() -> str | None:
-    """The checkout's commit, None where there is no git (on a machine that was sent the files alone)."""
-    return _output("git", "-C", str(ROOT), "describe", "--always", "--dirty")
-
-
-def source_digest() -> str:
-    """Names the measured code also where there is no git."""
-    digest = hashlib.sha256()
-    for path in sorted((ROOT / "fast_unsloth_patch").rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def _output(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
-
-
-def largest_difference(ours: list[float], stock: list[float]) -> float:
-    """The largest relative difference of two series.
-
-    A NaN in one of them never passes for agreement; an infinity in both does (a step that GradScaler skips).
-    """
-    differences = [0.0 if a == b else abs(a - b) / max(abs(b), 1e-12) for a, b in zip(ours, stock)]
-    return float("inf") if any(d != d for d in differences) else max(differences)
-
-
-def parity(row: Row, stock: Row) -> Row:
-    """How far a row's losses and gradient norms are from stock's, and whether that is within `TOLERANCE`."""
-    case, other = _case(row), _case(stock)
-    loss, first, later = DROPOUT_TOLERANCE if case.dropout else TOLERANCE[case.dtype]
-    found: Row = {
-        "loss_max": largest_difference(row["losses"], stock["losses"]),
-        "grad_norm_first": largest_difference(row["grad_norms"][:1], stock["grad_norms"][:1]),
-        "grad_norm_max": largest_difference(row["grad_norms"], stock["grad_norms"]),
-        "against": stock["run"] if case == other else f"{stock['run']}, {other.title()}",
-    }
-    agrees = found["loss_max"] <= loss and found["grad_norm_first"] <= first and found["grad_norm_max"] <= later
-    return found | {"ok": agrees}
-
-
-def baseline(rows: list[Row], case: Case, run: str) -> Row | None:
-    """The stock row that losses of `case` are held against: of this run, wherever in its order; else the newest.
-
-    Where stock never finished the case (out of memory), its row with checkpointing the other way round serves: a
-    recompute changes no loss. Speeds are never compared with what this returns.
-    """
-    for wanted in (case, dataclasses.replace(case, checkpointing=not case.checkpointing)):
-        same = [r for r in rows if r["impl"] == "stock" and r["status"] == "ok"]
-        same = [r for r in same if r["case"] == dataclasses.asdict(wanted)]
-        if same:
-            return ([r for r in same if r["run"] == run] or same)[-1]
-    return None
-
-
-def add_parity(rows: list[Row], known: list[Row]) -> None:
-    """Compares `rows` with what `baseline` finds among `known`; again when more is known."""
-    for row in rows:
-        if row["status"] == "ok" and row["impl"] != "stock":
-            stock = baseline(known, _case(row), row["run"])
-            if stock:
-                row["parity"] = parity(row, stock)
 
 
 def console_table(rows: list[Row]) -> str:
@@ -165,9 +50,14 @@ def console_table(rows: list[Row]) -> str:
 
 
 def not_fast(row: Row) -> list[str]:
-    """What of the patches that an arm asked for did not run, or ran stock, and why."""
+    """What of the patches that an arm asked for did not run, or ran stock, and why.
+
+    Pending ones are of models and libraries that the case does not have.
+    """
     reasons = []
     for patch in row["fast"]["rows"]:
+        if patch["state"] == "pending":
+            continue
         calls = ", ".join(f"{reason} {count}x" for reason, count in patch["fallbacks"].items())
         if patch["state"] != "applied" and patch["reason"] not in ("not in only", "in exclude"):
             reasons.append(f"{patch['id']} {patch['state']}: {patch['reason']}")
@@ -181,6 +71,9 @@ def details(row: Row) -> str:
     lines = []
     if "fast" in row:
         lines += [f"not fast: {reason}" for reason in not_fast(row)]
+        if choice := row["fast"].get("recompute_choice"):
+            settled = "" if row.get("settled", True) else f", not settled after {row['warmup']} steps"
+            lines.append(f"recompute {row['arm']['recompute']}: {choice}{settled}")
     if "host" in row:
         host = row["host"]
         forward, backward = host["forward_us_per_layer"], host["backward_us_per_layer"]
@@ -201,28 +94,42 @@ def details(row: Row) -> str:
     return "".join(f"    {line}\n" for line in lines)
 
 
-def _case(row: Row) -> Case:
-    return Case(**row["case"])
-
-
-def _runs(document: dict[str, list[Row]]) -> dict[str, list[Row]]:
+def _runs(document: dict[str, list[Row]], wanted: Callable[[Row], object] | None = None) -> dict[str, list[Row]]:
     """Title of a case -> the rows of its newest run of two implementations; the later of two rows of one label counts.
 
-    Stock counts as one also if the memory did not hold it, as long as something else ran.
+    Stock counts as one also if the memory did not hold it, as long as something else ran. With `wanted`: the newest
+    that has a row of which that is true.
     """
     runs: dict[str, dict[str, dict[tuple[str, bool], Row]]] = {}
     for row in document["rows"]:
         key = row["label"], row.get("cold", False)
-        runs.setdefault(_case(row).title(), {}).setdefault(row["run"], {})[key] = row
+        runs.setdefault(case_of(row).title(), {}).setdefault(row["run"], {})[key] = row
     newest = {}
     for title, of_case in runs.items():
         for rows in of_case.values():
             known = {
                 r["impl"] for r in rows.values() if r["status"] == "ok" or (r["impl"], r["status"]) == ("stock", "oom")
             }
-            if len(known) > 1:
+            if len(known) > 1 and (wanted is None or any(map(wanted, rows.values()))):
                 newest[title] = list(rows.values())
     return newest
+
+
+def _is_cold(row: Row) -> bool:
+    return bool(row.get("cold")) and row["status"] == "ok" and row["label"] == row["impl"]
+
+
+def _has_host(row: Row) -> bool:
+    return "host" in row
+
+
+def _is_rung(row: Row) -> bool:
+    return bool(row["arm"].get("rung"))
+
+
+def _is_variant(row: Row) -> bool:
+    """An arm that is neither an implementation as it comes nor a rung."""
+    return row["label"] != row["impl"] and not _is_rung(row)
 
 
 def _warm(rows: list[Row]) -> list[Row]:
@@ -238,7 +145,8 @@ def _floor(document: dict[str, list[Row]], case: Case) -> Row | None:
 
 def floor_title(case: Case) -> str:
     """What a floor belongs to: neither dropout nor the step count changes it."""
-    return Case(case.model, case.mode, case.batch, case.seq, case.checkpointing, layers=case.layers).title()
+    fields = {name: getattr(case, name) for name in ("layers", "packed", "padding")}
+    return Case(case.model, case.mode, case.batch, case.seq, case.checkpointing, **fields).title()
 
 
 def _floor_numbers(floor: Row) -> str:
@@ -273,7 +181,7 @@ def _steps(document: dict[str, list[Row]]) -> str:
         plain = {r["impl"]: r for r in _warm(found) if r["label"] == r["impl"]}
         cells = [_numbers(plain.get(impl)) for impl in NAMES]
         if document["floors"]:
-            floor = _floor(document, _case(found[0]))
+            floor = _floor(document, case_of(found[0]))
             cells.append(_floor_numbers(floor) if floor else "-")
         rows.append([title, *cells])
     head = ["batch x sequence", *NAMES.values(), *["floor"][: len(document["floors"])]]
@@ -295,18 +203,17 @@ def _parity(document: dict[str, list[Row]]) -> str:
 
 def _start(document: dict[str, list[Row]]) -> str:
     rows = []
-    for title, found in _runs(document).items():
-        cold = {r["impl"]: r for r in found if r.get("cold") and r["status"] == "ok" and r["label"] == r["impl"]}
-        if cold:
-            rows.append([title, *(f"{cold[i]['first_three_s']:.1f} s" if i in cold else "-" for i in NAMES)])
+    for title, found in _runs(document, _is_cold).items():
+        cold = {r["impl"]: r for r in found if _is_cold(r)}
+        rows.append([title, *(f"{cold[i]['first_three_s']:.1f} s" if i in cold else "-" for i in NAMES)])
     return _markdown(["first three steps, nothing compiled yet", *NAMES.values()], rows) if rows else ""
 
 
 def _host(document: dict[str, list[Row]]) -> str:
     rows: list[list[str]] = []
-    for title, found in _runs(document).items():
+    for title, found in _runs(document, _has_host).items():
         for row in _warm(found):
-            if "host" in row:
+            if _has_host(row):
                 cells = [f"{row['host'][f'{way}_us_per_layer']:.0f} us" for way in ("forward", "backward")]
                 rows.append([title, _shown(row), *cells])
     return _markdown(["case", "", "forward, a layer", "backward, a layer (with its recompute)"], rows) if rows else ""
@@ -314,7 +221,7 @@ def _host(document: dict[str, list[Row]]) -> str:
 
 def ladder_rows(document: dict[str, list[Row]]) -> tuple[str, list[Row]] | None:
     """Title and rows of the newest ladder: stock, peers, then the rungs from the lowest to the whole library."""
-    ladders = [(t, rows) for t, rows in _runs(document).items() if any(r["arm"].get("rung") for r in rows)]
+    ladders = list(_runs(document, _is_rung).items())
     if not ladders:
         return None
     title, rows = ladders[-1]
@@ -329,20 +236,65 @@ def _ladder(document: dict[str, list[Row]]) -> str:
         return ""
     title, rows = found
     cells = [[_shown(r), *_numbers(r).partition(", ")[::2]] for r in rows]
-    floor = _floor(document, _case(rows[0]))
+    floor = _floor(document, case_of(rows[0]))
     if floor:
         cells.append(["floor", _floor_numbers(floor), "-"])
     return _markdown([title, "step", "peak allocated"], cells)
 
 
+def _arms(document: dict[str, list[Row]]) -> str:
+    """All arms of the cases that have more of them than `_steps` has columns for."""
+    rows = []
+    for title, found in _runs(document, _is_variant).items():
+        for row in _warm(found):
+            if not _is_rung(row):
+                step, _, memory = _numbers(row).partition(", ")
+                speed = f"{row['tokens_per_s']:.0f}" if "tokens_per_s" in row else "-"
+                rows.append([title, _shown(row), step, memory or "-", speed])
+    return _markdown(["case", "", "step", "peak allocated", "tokens/s"], rows) if rows else ""
+
+
+def newest_contexts(document: dict[str, list[Row]]) -> list[Row]:
+    """The newest search of each arm, model, mode and cap (`max_context.py`), in the order of their first ones."""
+    found = {context_title(row) + row["label"]: row for row in document.get("contexts", [])}
+    return list(found.values())
+
+
+def context_title(row: Row) -> str:
+    case = case_of(row)
+    return f"{case.title().replace(f'{case.batch}x{case.seq}', 'one row')}, under {row['cap_gib']:g} GiB"
+
+
+def _contexts(document: dict[str, list[Row]]) -> str:
+    rows = []
+    for row in newest_contexts(document):
+        if row["status"] != "ok":
+            rows.append([context_title(row), _shown(row), str(row["status"]), "-", "-", "-"])
+            continue
+        off = "" if row.get("parity", {"ok": True})["ok"] else " (parity off)"
+        rows.append([
+            context_title(row), _shown(row), f"{row['longest']:,}{off}",
+            f"{row['failed_at']:,}" if row["failed_at"] else "-", f"{row['tokens_per_s']:.0f}",
+            f"{row['allocated_gib']:.1f} GiB" if "allocated_gib" in row else "-",
+        ])  # fmt: skip
+    head = ["case, cap", "", "longest row", "does not fit", "tokens/s there", "peak allocated"]
+    return _markdown(head, rows) if rows else ""
+
+
 TABLES: dict[str, Callable[[dict[str, list[Row]]], str]] = {
-    "steps": _steps, "parity": _parity, "start": _start, "host": _host, "ladder": _ladder
+    "steps": _steps, "arms": _arms, "context": _contexts, "parity": _parity, "start": _start, "host": _host,
+    "ladder": _ladder,
 }  # fmt: skip
 
 
-def _provenance(document: dict[str, list[Row]]) -> str:
-    """Device, versions, dates and commits of all rows shown."""
-    rows = [r for found in _runs(document).values() for r in found if r["status"] == "ok"]
+def _provenance(name: str, document: dict[str, list[Row]]) -> str:
+    """Device, versions, dates and commits of all rows shown: of the searches, or of everything else."""
+    if name == "context":
+        shown = newest_contexts(document)
+    else:
+        special = (_runs(document, wanted) for wanted in (None, _is_cold, _has_host, _is_rung, _is_variant))
+        shown = list({id(r): r for runs in special for found in runs.values() for r in found}.values())
+    rows = [r for r in shown if r["status"] == "ok"]
     versions: dict[str, str] = {}
     for row in rows:
         versions |= {name: v for name, v in row["versions"].items() if v}
@@ -360,7 +312,7 @@ def render(name: str, documents: list[dict[str, list[Row]]]) -> str:
     for document in documents:
         text = TABLES[name](document)
         if text:
-            parts.append(f"{text}\n\n<sub>{_provenance(document)}</sub>")
+            parts.append(f"{text}\n\n<sub>{_provenance(name, document)}</sub>")
     return "\n\n".join(parts) or "No results recorded yet."
 
 
@@ -407,7 +359,7 @@ def draw_ladder(document: dict[str, list[Row]], path: Path) -> bool:
         axis.margins(x=0.12)
         axis.set_xlabel(unit)
         axis.spines[["top", "right"]].set_visible(False)
-    floor = _floor(document, _case(rows[0]))
+    floor = _floor(document, case_of(rows[0]))
     if floor:
         axes[0].axvline(floor["total_ms"], color="black", linestyle=":", label="floor")
         axes[0].legend(frameon=False)

@@ -67,12 +67,17 @@ SHAPES = {
     ),
     # for the smoke tests on a CPU
     "tiny": Shape("Tiny", "llama", 64, 128, 2, 4, 2, 16, 512),
+    "tiny-mistral": Shape("Tiny-Mistral", "mistral", 64, 128, 2, 4, 2, 16, 512, sliding_window=12),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """One training set-up; what all arms of a comparison share."""
+    """One training set-up; what all arms of a comparison share.
+
+    `packed`: rows of so many documents of one length, 0: rows of one. `padding`: that share of the tokens is padding,
+    at the right of rows of several lengths.
+    """
 
     model: str = "llama-8b"
     mode: str = "lora"
@@ -85,10 +90,23 @@ class Case:
     steps: int = 8
     warmup: int = 3
     device: str = "cuda"
+    packed: int = 0
+    padding: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.packed < 0 or (self.packed and (self.padding or self.seq % self.packed)):
+            raise ValueError(f"packed={self.packed}: not without padding, and documents of equal length in {self.seq}")
+        left = round(self.batch * self.seq * (1 - self.padding)) - self.seq
+        if self.padding and (self.padding < 0 or self.batch < 2 or left < 4 * (self.batch - 1)):
+            raise ValueError(f"padding={self.padding}: the longest of {self.batch} rows has none, too little is left")
 
     def title(self) -> str:
         shape = SHAPES[self.model]
         parts = [f"{shape.title} {MODES[self.mode][0]}, {self.batch}x{self.seq}"]
+        if self.packed:
+            parts.append(f"{self.packed} documents a row")
+        if self.padding:
+            parts.append(f"{100 * self.padding:.0f} % padding")
         if self.layers:
             parts.append(f"{self.layers} of {shape.layers} layers")
         parts.append("checkpointing" if self.checkpointing else "no checkpointing")
@@ -103,8 +121,9 @@ class Case:
 class Arm:
     """One implementation of a case, and how it is looked at.
 
-    `rung` places it on the ladder; `env` is added to its process's environment; `cold`: empty Triton and Inductor
-    caches; `profile`: one more step under torch.profiler; `host`: host time of forward and backward at 16 tokens.
+    `feed` is the form in which it gets the case's tokens, see `batches.Batches`; `rung` places it on the ladder; `env`
+    is added to its process's environment; `cold`: empty Triton and Inductor caches; `profile`: one more step under
+    torch.profiler; `host`: host time of forward and backward at 16 tokens.
     """
 
     impl: str
@@ -113,6 +132,7 @@ class Arm:
     exclude: tuple[str, ...] = ()
     recompute: str = "full"
     unsloth_gc: str = "true"
+    feed: str = ""
     rung: int | None = None
     env: dict[str, str] = field(default_factory=dict)
     cold: bool = False
@@ -123,14 +143,27 @@ class Arm:
         return self.label or self.impl
 
 
+def feeds(case: Case) -> tuple[str, ...]:
+    """The forms that `batches.Batches` knows of a case."""
+    return ("", *(["apart"] if case.packed else []), *(["flat", "full"] if case.padding else []))
+
+
 def read_plan(path: Path) -> list[tuple[Case, list[Arm]]]:
-    """The cases of a plan (`train_step.py` says what it looks like) and what is measured in each."""
+    """The cases of a plan (`train_step.py` says what it looks like) and what is measured in each.
+
+    Raises:
+        ValueError: an arm whose form is none of its case.
+    """
     document = json.loads(path.read_text())
     plan = []
     for entry in document["cases"]:
         fields = document.get("defaults", {}) | entry
         arms = [Arm(impl=a) if isinstance(a, str) else Arm(**a) for a in fields.pop("impls")]
-        plan.append((Case(**fields), arms))
+        case = Case(**fields)
+        for arm in arms:
+            if arm.feed not in feeds(case):
+                raise ValueError(f"{case.title()}: {arm.name()}: feed {arm.feed!r} is none of {feeds(case)}")
+        plan.append((case, arms))
     return plan
 
 
@@ -384,9 +417,11 @@ def _build_unsloth(case: Case, arm: Arm, done: Done) -> Any:
     checkpointing: bool | str = case.checkpointing
     if case.checkpointing and arm.unsloth_gc == "unsloth":
         checkpointing = "unsloth"  # its own, which offloads to host memory
+    # it cuts longer rows; its padding-free mode makes one row of a batch
+    longest = case.seq * (case.batch if arm.feed == "flat" else 1)
     model, _ = unsloth.FastLanguageModel.from_pretrained(
         model_name=str(folder),
-        max_seq_length=case.seq,
+        max_seq_length=longest,
         dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[case.dtype],
         load_in_4bit=case.mode == "qlora",  # double quantisation is its default
         full_finetuning=case.mode == "full",
@@ -404,7 +439,7 @@ def _build_unsloth(case: Case, arm: Arm, done: Done) -> Any:
             bias="none",
             use_gradient_checkpointing=checkpointing,
             random_state=0,
-            max_seq_length=case.seq,
+            max_seq_length=longest,
         )
     return model
 

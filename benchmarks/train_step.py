@@ -8,7 +8,9 @@ The setting: random weights in the real model's shape, the same in every impleme
 (`shapes.fill_weights`); autocast; fp32 LoRA adapters r=16 on all seven projections, or every weight in full mode; fused
 AdamW; gradients clipped to norm 1; a new batch of real text each step; the median of `--steps` steps after `--warmup`,
 the device synchronised at each step's end, as Trainer's own NaN filter does. In the modes qlora (bitsandbytes) and gptq
-(gptqmodel) the base weights have four bits (`quantised.py`); GPTQ has a fast path here only.
+(gptqmodel) the base weights have four bits (`quantised.py`); GPTQ has a fast path here only. `--packed 16` makes each
+row of 16 documents told by `position_ids`, `--padding 0.5` half of the tokens padding (`batches.py`); tokens/s count
+what is no padding. Peers that would take a packed row for one document show it by their parity.
 
 While an arm measures, the next one's worker already imports, and waits (`workers.py`; `--no-overlap` for one after the
 other). Only imports overlap: a worker builds, runs and measures when no other one uses the GPU. Imports and the wait
@@ -16,10 +18,11 @@ are phases of their own; `first_step_s`, as every other time in a row, contains 
 
 A plan is `{"defaults": {...}, "cases": [{...}]}`. A case has the fields of `Case` and `impls`, each a name or the
 fields of `Arm`: `{"impl": "fast", "label": "norms", "only": ["llama.rms_norm"], "rung": 1}` is a rung of the ladder,
-`"cold"`, `"profile"` and `"host"` are the options of these names for one arm. Unsloth's import cannot be hidden (it
-initialises CUDA), but it hides the next arm's. Rows are saved as soon as they exist. The exit status is 1 if stock or
-fast failed, if their losses or gradient norms disagree, or if fast patched nothing; a peer that is absent, fails or
-disagrees is only reported, as is a stock model that the GPU's memory does not hold.
+`"cold"`, `"profile"` and `"host"` are the options of these names for one arm, and `"feed"` gives it the same tokens in
+another form. Unsloth's import cannot be hidden (it initialises CUDA), but it hides the next arm's. Rows are saved as
+soon as they exist. The exit status is 1 if stock or fast failed, if their losses or gradient norms disagree, or if fast
+patched nothing; a peer that is absent, fails or disagrees is only reported, as is a stock model that the GPU's memory
+does not hold.
 """
 
 from __future__ import annotations
@@ -29,23 +32,26 @@ import collections
 import contextlib
 import dataclasses
 import datetime
-import importlib.util
-import json
 import os
 import re
 import statistics
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
+import records
 import report
 import shapes
+import training
 import workers
+from batches import Batches
 from shapes import Arm, Case
+from training import Phases, Trainer
 
-PACKAGES = {"fast": "fast_unsloth_patch", "liger": "liger_kernel", "unsloth": "unsloth"}
+# An arm that chooses by itself what it recomputes has settled when its choice was the same in so many steps; at most so
+# many more steps are waited for it.
+SETTLED, SETTLING = 3, 24
 KERNEL_KINDS = {
     "attention": r"flash|fmha|sdpa|attention",
     "gemm": r"nvjet|gemm|cutlass|cublas|splitK|aten::(add)?mm",
@@ -53,105 +59,53 @@ KERNEL_KINDS = {
     "torch": r"at::|aten::",
     "triton": r"^_?\w+(kernel|_\d+)$|^triton_",
 }
-LEARNING_RATE = {"lora": 2e-4, "full": 1e-5, "qlora": 2e-4, "gptq": 2e-4}
 
 
-class _Phases:
-    """Seconds of each part of the worker's life, said as they pass."""
+def _measure(trainer: Trainer, batches: Batches, phases: Phases) -> dict[str, Any]:
+    """Runs warm-up and measured steps; peak memory is that of the measured steps.
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def done(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] = round(now - self._last, 3)
-        self._last = now
-        print(f"> {name} {self.seconds[name]:.1f} s", flush=True)
-
-
-class _Trainer:
-    """The training loop of a case: forward, backward, clip, AdamW; losses and norms stay on the device."""
-
-    def __init__(self, model: Any, case: Case) -> None:
-        import torch
-
-        self.model, self.case = model, case
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE[case.mode], weight_decay=0.0, fused=True)
-        self.scaler = torch.amp.GradScaler(case.device, enabled=case.dtype == "fp16")
-        self.losses: list[Any] = []
-        self.grad_norms: list[Any] = []
-        count = case.warmup + case.steps
-        vocab = shapes.SHAPES[case.model].vocab
-        ids = torch.tensor(shapes.text_tokens(vocab, count * case.batch * case.seq))
-        self.batches = ids.view(count, case.batch, case.seq).to(case.device)
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        import torch
-
-        if self.case.dtype == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.case.device, torch.bfloat16 if self.case.dtype == "bf16" else torch.float16)
-
-    def loss(self, ids: Any) -> Any:
-        with self.autocast():
-            return self.model(input_ids=ids, labels=ids).loss
-
-    def step(self, ids: Any) -> None:
-        import torch
-
-        loss = self.loss(ids)
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        # clip_grad_norm_ in two parts: its own norm of bf16 gradients is bf16, too coarse to compare.
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2.0, dtype=torch.float32)))
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, 1.0, norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.losses.append(loss.detach())
-        self.grad_norms.append(norm.detach())
-
-    def synchronize(self) -> None:
-        import torch
-
-        if self.case.device == "cuda":
-            torch.cuda.synchronize()
-
-
-def _measure(trainer: _Trainer, phases: _Phases) -> dict[str, Any]:
-    """Runs warm-up and measured steps; peak memory is that of the measured steps."""
+    An arm that chooses by itself what it recomputes warms up until its choice has been the same in `SETTLED` steps.
+    """
     import torch
 
-    case, times = trainer.case, []
+    case, arm = batches.case, batches.arm
     on_gpu = case.device == "cuda"
     if on_gpu:
         torch.cuda.empty_cache()
-    for i, ids in enumerate(trainer.batches):
-        if i == case.warmup and on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        trainer.synchronize()
-        start = time.perf_counter()
-        trainer.step(ids)
-        trainer.synchronize()
-        times.append(time.perf_counter() - start)
+    steps = iter(range(len(batches)))
+    times: list[float] = []
+    choices: list[Any] = []
+    while len(times) < case.warmup or (
+        _settles(arm) and len(times) < case.warmup + SETTLING and (len(choices) < SETTLED or len(set(choices)) > 1)
+    ):
+        times.append(trainer.timed(batches[next(steps)]))
+        if arm.impl == "fast":
+            choices = [*choices, training.fast_status().get("recompute_choice", "")][-SETTLED:]
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    measured = [1e3 * trainer.timed(batches[next(steps)]) for _ in range(case.steps)]
     phases.done("steps")
-    measured = [1e3 * t for t in times[case.warmup :]]
     median = statistics.median(measured)
     result: dict[str, Any] = {
         "step_ms": {"median": median, "min": min(measured), "max": max(measured), "all": measured},
-        "tokens_per_s": 1e3 * case.batch * case.seq / median,
-        "first_step_s": times[0],
-        "first_three_s": sum(times[:3]),
+        "tokens": batches.tokens,
+        "tokens_per_s": 1e3 * batches.tokens / median,
+        "first_step_s": times[0] if times else measured[0] / 1e3,
+        "first_three_s": sum([*times, *(ms / 1e3 for ms in measured)][:3]),
+        "warmup": len(times),
         "losses": [float(x) for x in trainer.losses],
         "grad_norms": [float(x) for x in trainer.grad_norms],
     }
+    if _settles(arm):
+        result["settled"] = len(set(choices)) == 1
     if on_gpu:
         result["allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
         result["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
     return result
+
+
+def _settles(arm: Arm) -> bool:
+    return arm.impl == "fast" and arm.recompute == "auto"
 
 
 def _kernel_name(name: str) -> str:
@@ -167,7 +121,7 @@ def _kind(name: str) -> str:
     return "other"
 
 
-def _profile(trainer: _Trainer) -> dict[str, Any]:
+def _profile(trainer: Trainer, inputs: dict[str, Any]) -> dict[str, Any]:
     """One profiled step: device time by kernel (CPU operators on a CPU), and how often each was launched."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
@@ -176,7 +130,7 @@ def _profile(trainer: _Trainer) -> dict[str, Any]:
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     trainer.synchronize()
     with profile(activities=activities) as profiler:
-        trainer.step(trainer.batches[-1])
+        trainer.step(inputs)
         trainer.synchronize()
     wanted = DeviceType.CUDA if on_gpu else DeviceType.CPU
     groups: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0])
@@ -198,14 +152,13 @@ def _profile(trainer: _Trainer) -> dict[str, Any]:
     }
 
 
-def _host(trainer: _Trainer, repeats: int = 12) -> dict[str, float]:
+def _host(trainer: Trainer, ids: Any, repeats: int = 12) -> dict[str, float]:
     """Host time of forward and backward with 16 tokens, where the device has nothing to do but launch."""
-    ids = trainer.batches[0][:1, :16].contiguous()
     forward, backward = [], []
     for _ in range(repeats):
         trainer.synchronize()
         start = time.perf_counter()
-        loss = trainer.loss(ids)
+        loss = trainer.loss({"input_ids": ids, "labels": ids})
         middle = time.perf_counter()
         loss.backward()
         end = time.perf_counter()
@@ -219,74 +172,31 @@ def _host(trainer: _Trainer, repeats: int = 12) -> dict[str, float]:
     }
 
 
-def _absent(case: Case, arm: Arm) -> str | None:
-    """Why an arm cannot run here, if it cannot."""
-    if case.mode == "gptq" and arm.impl not in ("stock", "fast"):
-        return f"{arm.impl} has no fast path for GPTQ"
-    needed = [PACKAGES[arm.impl]] if arm.impl in PACKAGES else []
-    for package in (*needed, *shapes.MODES[case.mode][1]):
-        if importlib.util.find_spec(package) is None:
-            return f"{package} is not installed"
-    if arm.impl == "unsloth" and case.device != "cuda":
-        return "unsloth needs a CUDA device"
-    return None
-
-
-def _work(case: Case, arm: Arm) -> dict[str, Any]:
-    if reason := _absent(case, arm):
+def _work(spec: dict[str, Any], out: Path) -> dict[str, Any]:
+    case, arm = Case(**spec["case"]), Arm(**spec["arm"])
+    if reason := training.absent(case, arm):
         return {"status": "absent", "reason": reason}
-    phases = _Phases()
-    setup = shapes.SETUPS[arm.impl]
-    setup.imports(case, arm)
-    import torch
-
-    # a context on the GPU that another worker may be measuring; to have asked for the device's properties is none
-    cuda_at_import = torch.cuda.is_initialized() and torch._C._cuda_hasPrimaryContext(0)  # type: ignore[attr-defined]
-    phases.done("import")
-    workers.await_go()
-    phases.done("wait")
-    model = setup.build(case, arm, phases.done)
-    model.train()
-    if problem := shapes.packing_problem(model, case):
-        raise ValueError(problem)
-    shapes.fill_weights(model)
-    torch.manual_seed(0)
-    phases.done("build")
-    trainer = _Trainer(model, case)
+    phases = Phases()
+    cuda_at_import = training.import_and_wait(case, arm, phases)
+    trainer = training.build(case, arm, phases)
+    batches = Batches(case, arm, case.warmup + case.steps + (SETTLING if _settles(arm) else 0))
     phases.done("data")
-    result = {"status": "ok", **_measure(trainer, phases)}
+    result = {"status": "ok", **_measure(trainer, batches, phases)}
     result["trainable"] = {
         "parameters": sum(p.numel() for p in trainer.parameters),
         "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in trainer.parameters}),
     }
     if arm.impl == "fast":
-        import fast_unsloth_patch
-
-        result["fast"] = fast_unsloth_patch.status().to_dict()
+        result["fast"] = training.fast_status()
     if arm.host:
-        result["host"] = _host(trainer)
+        result["host"] = _host(trainer, batches[0]["input_ids"].reshape(-1)[:16][None].contiguous())
         phases.done("host")
     if arm.profile:
-        result["profile"] = _profile(trainer)
+        result["profile"] = _profile(trainer, batches[0])
         result["profile"]["idle_ms"] = result["step_ms"]["median"] - result["profile"]["busy_ms"]
         phases.done("profile")
     result |= {"phases": phases.seconds, "cuda_at_import": cuda_at_import}
-    return result | report.environment(case.device)
-
-
-def worker(spec_file: str, out_file: str) -> None:
-    # The folder of a script comes first on sys.path, and `benchmarks/kernels.py` would pass there for Hugging Face's
-    # package `kernels`; the checkout has to come first for `fast` to be what is measured.
-    sys.path[0] = str(report.ROOT)
-    spec = json.loads(Path(spec_file).read_text())
-    case, arm = Case(**spec["case"]), Arm(**spec["arm"])
-    try:
-        result = _work(case, arm)
-    except Exception as error:  # whatever a peer raises is a row of the results, not the end of the run
-        traceback.print_exc()
-        status = "oom" if type(error).__name__ == "OutOfMemoryError" else "failed"
-        result = {"status": status, "reason": f"{type(error).__name__}: {error}"[:600]}
-    workers.write_result(Path(out_file), result)
+    return result | records.environment(case.device)
 
 
 def _problem(row: dict[str, Any]) -> str | None:
@@ -305,10 +215,10 @@ def _problem(row: dict[str, Any]) -> str | None:
 def run_plan(plan: list[tuple[Case, list[Arm]]], options: argparse.Namespace) -> int:
     """Measures all cases, saving each row when it exists; returns the exit status."""
     path = Path(options.json) if options.json else None
-    results = report.load_results(path) if path else {"rows": [], "floors": []}
+    results = records.load_results(path) if path else {"rows": [], "floors": []}
     stamp = datetime.datetime.now(datetime.timezone.utc)
     common = {"run": options.run or stamp.strftime("%Y%m%dT%H%M%S"), "date": stamp.strftime("%Y-%m-%d"),
-              "commit": options.commit or report.commit(), "source": report.source_digest()}  # fmt: skip
+              "commit": options.commit or records.commit(), "source": records.source_digest()}  # fmt: skip
     jobs = [(case, arm) for case, arms in plan for arm in arms]
     problems: list[str] = []
     tables: list[str] = []
@@ -322,10 +232,10 @@ def run_plan(plan: list[tuple[Case, list[Arm]]], options: argparse.Namespace) ->
                                 "arm": dataclasses.asdict(arm), "cold": arm.cold} | next(outcomes)  # fmt: skip
                 rows.append(row)
                 results["rows"].append(row)
-                report.add_parity(rows, results["rows"])
+                records.add_parity(rows, results["rows"])
                 print(report.details(row), end="", flush=True)
                 if path:
-                    report.save_results(path, results)
+                    records.save_results(path, results)
             # only now: stock may have been the last of them
             problems += [f"{case.title()}: {r['label']}: {p}" for r in rows if (p := _problem(r))]
             tables.append(f"{case.title()}\n{report.console_table(rows)}")
@@ -361,7 +271,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--only", type=_names, help="fast: these patches only")
     parser.add_argument("--exclude", type=_names, default=(), help="fast: without these patches")
-    parser.add_argument("--recompute", default="full", choices=["full", "stock"])
+    parser.add_argument("--packed", type=int, default=0, metavar="DOCS", help="rows of so many documents of one length")
+    parser.add_argument("--padding", type=float, default=0.0, metavar="SHARE", help="share of padding, 0.5 for half")
+    parser.add_argument("--feed", default="", choices=["", "apart", "flat", "full"], help="see batches.py")
+    parser.add_argument("--recompute", default="full", choices=["full", "stock", "auto", "offload"], help="fast only")
     parser.add_argument("--unsloth-gc", default="true", choices=["true", "unsloth"])
     parser.add_argument("--plan", type=Path, help="cases from a file, in place of the options above")
     parser.add_argument("--cases", type=_numbers, default=(), help="of the plan, these only, counted from 1")
@@ -384,8 +297,13 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--cases: the plan has the cases 1 to {len(plan)}")
         plan = [plan[n - 1] for n in options.cases] or plan
     else:
-        case = Case(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Case)})
-        arm_options = {name: getattr(options, name) for name in ("only", "exclude", "recompute", "unsloth_gc")}
+        try:
+            case = Case(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Case)})
+        except ValueError as error:
+            parser.error(str(error))
+        if options.feed not in shapes.feeds(case):
+            parser.error(f"--feed {options.feed}: of {case.title()} there is none")
+        arm_options = {n: getattr(options, n) for n in ("only", "exclude", "recompute", "unsloth_gc", "feed")}
         plan = [(case, [Arm(name, **arm_options) for name in _names(options.impl)])]
     unknown = {arm.impl for _, arms in plan for arm in arms} - set(shapes.SETUPS)
     if unknown:
@@ -396,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        worker(*sys.argv[2:4])
+        training.run_worker(_work, *sys.argv[2:4])
         # the result is on disk: no time for the teardown of compile servers and of 20 GiB of tensors
         sys.stdout.flush()
         os._exit(0)

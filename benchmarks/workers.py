@@ -1,4 +1,4 @@
-"""The processes of `train_step.py`: each arm in its own, measuring one at a time, the next ones importing meanwhile.
+"""The processes of `train_step.py` and `max_context.py`: one an arm, measuring in turn, the next ones importing.
 
 A worker imports, which takes 12 to 27 s and touches no GPU, then waits for a line on its standard input. The driver
 writes it when the worker before has ended, together with all that it had started. So only imports overlap with a
@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class Worker:
     `clock` has the `time.perf_counter()` of its start, of the end of each phase that it told of, and of its end.
     """
 
-    def __init__(self, case: Case, arm: Arm) -> None:
+    def __init__(self, case: Case, arm: Arm, script: Path, more: dict[str, Any]) -> None:
         self._files = contextlib.ExitStack()
         exchange = Path(self._files.enter_context(tempfile.TemporaryDirectory()))
         if arm.cold:
@@ -82,9 +82,9 @@ class Worker:
             folder.mkdir(exist_ok=True)
         self._out = exchange / "out.json"
         spec = exchange / "spec.json"
-        spec.write_text(json.dumps({"case": dataclasses.asdict(case), "arm": dataclasses.asdict(arm)}))
+        spec.write_text(json.dumps({"case": dataclasses.asdict(case), "arm": dataclasses.asdict(arm), **more}))
         self._process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), "--worker", str(spec), str(self._out)],
+            [sys.executable, str(script), "--worker", str(spec), str(self._out)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
             cwd=folder, env=_environment(arm, folder), start_new_session=True,
         )  # fmt: skip
@@ -157,11 +157,21 @@ class Worker:
         return sum(max(0.0, min(end, at) - max(begin, w.clock["start"])) for w, at in zip(others, imported))
 
 
-def run(jobs: list[tuple[Case, Arm]], *, ahead: int, timeout: float, budget: float) -> Generator[Result, None, None]:
+def run(
+    jobs: list[tuple[Case, Arm]],
+    *,
+    ahead: int,
+    timeout: float,
+    budget: float,
+    script: Path | None = None,
+    more: Callable[[Arm], dict[str, Any]] | None = None,
+) -> Generator[Result, None, None]:
     """Yields the result of each job, in order; close the generator to end all workers.
 
     Args:
         jobs: what to measure.
+        script: what a worker runs, with ``--worker SPECIFICATION RESULT``; default `SCRIPT`.
+        more: what the specification of an arm has beside case and arm.
         ahead: how many of the next workers import while one measures; 0 for none.
         timeout: seconds for a worker from its turn on. What is left of its import at its turn counts, a wait does not.
         budget: seconds for all; what cannot start any more is skipped.
@@ -176,7 +186,8 @@ def run(jobs: list[tuple[Case, Arm]], *, ahead: int, timeout: float, budget: flo
                 yield {"status": "skipped", "reason": "no time left in --budget"}
                 continue
             while upcoming and len(workers) <= ahead:
-                workers.append(Worker(*upcoming.popleft()))
+                case, arm = upcoming.popleft()
+                workers.append(Worker(case, arm, script or SCRIPT, more(arm) if more else {}))
             worker = workers[0]
             result = worker.finish(min(timeout, left))
             workers.popleft()

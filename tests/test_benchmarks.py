@@ -15,9 +15,10 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 # not left on the path: `kernels.py` there would pass for Hugging Face's package `kernels`
 sys.path.insert(0, str(BENCHMARKS))
 try:
-    floor, quantised, report, shapes, train_step = map(
-        importlib.import_module, ("floor", "quantised", "report", "shapes", "train_step")
+    floor, quantised, records, report, shapes, train_step, training = map(
+        importlib.import_module, ("floor", "quantised", "records", "report", "shapes", "train_step", "training")
     )
+    batches = importlib.import_module("batches")
 finally:
     sys.path.remove(str(BENCHMARKS))
 
@@ -98,17 +99,18 @@ def test_absent_peer_has_its_reason(outcome):
 
 
 def test_absent_peer_is_found_before_anything_is_built(monkeypatch):
-    monkeypatch.setattr(train_step.importlib.util, "find_spec", lambda name: None)
-    found = train_step._work(shapes.Case(**TINY), shapes.Arm("liger"))
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+    spec = {"case": TINY, "arm": vars(shapes.Arm("liger"))}
+    found = train_step._work(spec, Path("unused"))
     assert found == {"status": "absent", "reason": "liger_kernel is not installed"}
 
 
 def test_what_a_packed_mode_needs_is_named(monkeypatch):
     missing = ("bitsandbytes", "optimum")
-    monkeypatch.setattr(train_step.importlib.util, "find_spec", lambda name: None if name in missing else object())
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None if name in missing else object())
 
     def absent(mode, impl):
-        return train_step._absent(shapes.Case(**TINY | {"mode": mode}), shapes.Arm(impl))
+        return training.absent(shapes.Case(**TINY | {"mode": mode}), shapes.Arm(impl))
 
     assert absent("qlora", "stock") == "bitsandbytes is not installed"
     assert absent("gptq", "fast") == "optimum is not installed"
@@ -156,7 +158,7 @@ def test_options_of_the_command_go_to_every_arm_of_a_plan(monkeypatch, tmp_path,
 
 
 def _losses(losses, norms, impl="fast", run="r", status="ok", **case):
-    return {"impl": impl, "status": status, "run": run, "case": {**vars(shapes.Case(**{**TINY, **case}))},
+    return {"impl": impl, "status": status, "run": run, "case": {**vars(shapes.Case(**{**TINY, **case}))}, "arm": {},
             "losses": losses, "grad_norms": norms}  # fmt: skip
 
 
@@ -164,7 +166,7 @@ def test_parity_needs_every_number_to_agree():
     inf = float("inf")
 
     def ok(losses, norms, stock=(1.0, 1.0), **case):
-        found = report.parity(_losses(losses, norms, **case), _losses([6.0, 5.0], list(stock), "stock", **case))
+        found = records.parity(_losses(losses, norms, **case), _losses([6.0, 5.0], list(stock), "stock", **case))
         assert found["against"] == "r"
         return found["ok"]
 
@@ -186,17 +188,17 @@ def test_parity_is_told_against_stock_of_the_same_run():
     fast = _losses([6.0, 5.0], [1.0, 1.0])
     old = _losses([6.0, 4.0], [1.0, 1.0], "stock", run="old")
     # nothing else is known yet; then stock comes later in the same run
-    report.add_parity([fast], [old, fast])
+    records.add_parity([fast], [old, fast])
     assert fast["parity"]["against"] == "old" and not fast["parity"]["ok"]
-    report.add_parity([fast], [old, fast, _losses([6.0, 5.0], [1.0, 1.0], "stock"), old | {"run": "newer"}])
+    records.add_parity([fast], [old, fast, _losses([6.0, 5.0], [1.0, 1.0], "stock"), old | {"run": "newer"}])
     assert fast["parity"]["against"] == "r" and fast["parity"]["loss_max"] == 0
 
 
 def test_where_stock_does_not_fit_its_recompute_is_the_baseline():
     fast, oom = _losses([6.0, 5.0], [1.0, 1.0]), _losses([], [], "stock", status="oom")
     stock = _losses([6.0, 5.0], [1.0, 1.0], "stock", checkpointing=True)
-    assert report.baseline([oom, fast], shapes.Case(**TINY), "r") is None
-    report.add_parity([oom, fast], [stock, oom, fast])
+    assert records.baseline([oom, fast], shapes.Case(**TINY), "r") is None
+    records.add_parity([oom, fast], [stock, oom, fast])
     assert fast["parity"]["against"] == "r, Tiny LoRA, 2x32, checkpointing, fp32"
     assert train_step._problem(oom | {"reason": "x"}) is None
     assert train_step._problem(oom | {"impl": "fast", "reason": "x"}) == "oom: x"
@@ -458,14 +460,51 @@ def test_floors_of_a_plan_are_measured_once_each(tmp_path):
     assert titles == ["Tiny LoRA, 2x32, no checkpointing", "Tiny LoRA, 2x32, checkpointing"]
 
 
-@pytest.mark.parametrize(
-    ("model", "message"), [("mixtral-8x7b", "mixture of experts"), ("mistral-7b", "attention window of 4096")]
-)
-def test_no_floor_is_made_up(tmp_path, capsys, model, message):
-    (tmp_path / "plan.json").write_text(json.dumps({"cases": [{"model": model, "seq": 8192, "impls": []}]}))
+def test_no_floor_is_made_up(tmp_path, capsys):
+    (tmp_path / "plan.json").write_text(json.dumps({"cases": [{"model": "mixtral-8x7b", "impls": []}]}))
     with pytest.raises(SystemExit):
         floor.main(["--plan", str(tmp_path / "plan.json")])
-    assert message in capsys.readouterr().err
+    assert "mixture of experts" in capsys.readouterr().err
+
+
+def test_floor_counts_what_is_no_padding_and_inside_documents(tmp_path):
+    tiny = {key: TINY[key] for key in ("device", "batch", "seq")}
+    cases = [
+        {"model": "tiny", "padding": 0.4, "impls": []},
+        {"model": "tiny", "packed": 4, "impls": []},
+        {"model": "tiny-mistral", "impls": []},
+    ]
+    (tmp_path / "plan.json").write_text(json.dumps({"defaults": tiny, "cases": cases}))
+    out = tmp_path / "out.json"
+    assert floor.main(["--plan", str(tmp_path / "plan.json"), "--json", str(out)]) == 0
+    padded, packed, windowed = json.loads(out.read_text())["floors"]
+    assert padded["title"] == "Tiny LoRA, 2x32, 40 % padding, no checkpointing"
+    assert packed["title"] == "Tiny LoRA, 2x32, 4 documents a row, no checkpointing"
+
+    def flops(found, name):
+        return next(part["flops"] for part in found["parts"] if part["name"] == name)
+
+    # 64 tokens, 38 of them no padding, in rows of 32 and 6
+    assert flops(padded, "down forward") == 2 * 38 * 64 * 128 and flops(packed, "down forward") == 2 * 64 * 64 * 128
+    heads = 4 * 16  # and their size
+    assert flops(padded, "attention forward") == 4 * heads * (32**2 + 6**2) / 2
+    assert flops(packed, "attention forward") == 4 * heads * 8 * 8**2 / 2
+    # a window of 12: a triangle, then twelve for each token
+    assert flops(windowed, "attention backward") == pytest.approx(2.5 * 4 * heads * 2 * (12 * 32 - 12 * 12 / 2))
+
+
+def test_attention_of_the_floor_is_what_the_formula_says():
+    import torch
+
+    shape = shapes.SHAPES["tiny-mistral"]
+    _, (q, k, v), forward = floor._one_by_one(shape, [20, 7], 12)
+    q, k, v = (t.detach().double() for t in (q, k.repeat_interleave(2, 0), v.repeat_interleave(2, 0)))
+    at = torch.arange(27)
+    same = (at[:, None] < 20) == (at < 20)
+    back = at[:, None] - at
+    mask = same & (back >= 0) & (back < 12)
+    want = torch.softmax((q @ k.mT / 4).masked_fill(~mask, -torch.inf), -1) @ v
+    assert (forward() - want).norm() / want.norm() < 1e-2
 
 
 def _result(impl, ms, run="b", **fields):
@@ -501,7 +540,7 @@ def written(tmp_path):
     ]
     floors = [{"title": report.floor_title(shapes.Case(checkpointing=True)), "total_ms": 563.2}]
     results = tmp_path / "results"
-    report.save_results(results / "h200.json", {"rows": rows, "floors": floors})
+    records.save_results(results / "h200.json", {"rows": rows, "floors": floors})
     readme = tmp_path / "README.md"
     markers = [f"<!-- results:begin {name} -->\nold\n<!-- results:end {name} -->" for name in report.TABLES]
     readme.write_text("# Title\n" + "\n\ntext\n\n".join(markers) + "\nend\n")
@@ -537,7 +576,7 @@ def test_readme_with_a_wrong_marker_is_an_error():
     assert "No results recorded yet." in empty
 
 
-PLANS = sorted((BENCHMARKS / "plans").glob("*.json"))
+PLANS = sorted((BENCHMARKS / "plans").glob("issue*.json"))
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
@@ -577,3 +616,187 @@ def test_plans_can_be_run_and_reported(path, tmp_path):
     rungs = sorted((arm for arm in arms.values() if arm.rung), key=lambda arm: arm.rung)
     assert [row["label"] for row in ladder] == ["stock", "liger", "unsloth", *(r.label for r in rungs), "fast"]
     assert report.draw_ladder(document, tmp_path / "ladder.png")
+
+
+def test_rows_of_a_padded_case_vary_and_their_sum_does_not():
+    case = shapes.Case(batch=4, seq=2048, padding=0.5)
+    first, second = batches.lengths(case, 0), batches.lengths(case, 1)
+    assert sorted(first) == sorted(second) == [341, 683, 1024, 2048] and first != second
+    assert batches.documents(case, 1) == second
+    for share in (0.01, 0.3, 0.7):
+        found = batches.lengths(shapes.Case(batch=4, seq=64, padding=share))
+        assert sum(found) == round(256 * (1 - share)) and max(found) == 64 and min(found) > 0
+    assert batches.lengths(shapes.Case(batch=2, seq=64, padding=0.25)) == [64, 32]
+    assert batches.documents(shapes.Case(batch=2, seq=64, packed=4)) == [16] * 8
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"packed": 5}, {"packed": 4, "padding": 0.5}, {"padding": 0.5, "batch": 1}, {"padding": 0.5}, {"packed": -1}],
+)
+def test_a_case_that_cannot_be_is_refused(fields, capsys, tmp_path):
+    # half of two rows is the whole of one: the longest row has no padding
+    with pytest.raises(ValueError, match=r"packed=|padding="):
+        shapes.Case(**TINY | fields)
+    flags = [word for key, value in (TINY | fields).items() if key != "steps" for word in (f"--{key}", str(value))]
+    with pytest.raises(SystemExit):
+        train_step.main(flags)
+    assert "=" in capsys.readouterr().err
+    (tmp_path / "plan.json").write_text(json.dumps({"cases": [{"impls": [{"impl": "fast", "feed": "apart"}]}]}))
+    with pytest.raises(ValueError, match="feed 'apart' is none of"):
+        shapes.read_plan(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-mistral"])
+def test_every_form_of_the_same_tokens_has_stocks_loss(model):
+    """Also beyond the sliding window of 12; and what crosses documents would be seen."""
+    import torch
+
+    def losses(case, feed):
+        trained = shapes.build(model, layers=None, dtype=torch.float32, device="cpu")
+        shapes.fill_weights(trained)
+        steps = batches.Batches(case, shapes.Arm("stock", feed=feed), 2)
+        assert steps.tokens == (case.batch * case.seq if feed == "full" else sum(batches.documents(case)))
+        return [trained(**steps[i]).loss.item() for i in range(len(steps))]
+
+    tiny = {**TINY, "model": model, "seq": 48}
+    packed, padded = shapes.Case(**tiny, packed=3), shapes.Case(**tiny, padding=0.3)
+    plain = losses(shapes.Case(**tiny), "")
+    assert losses(packed, "") == pytest.approx(losses(packed, "apart"), rel=1e-6)
+    assert losses(padded, "") == pytest.approx(losses(padded, "flat"), rel=1e-6)
+    assert losses(padded, "full") == plain
+    for case in (packed, padded):
+        assert losses(case, "") != pytest.approx(plain, rel=1e-4)
+
+
+def test_inputs_are_those_of_the_collators():
+    import torch
+    from transformers import DataCollatorWithFlattening
+
+    case = shapes.Case(**TINY, padding=0.3)
+    padded = batches.Batches(case, shapes.Arm("fast"), 2)[1]
+    assert set(padded) == {"input_ids", "attention_mask", "labels"}
+    assert padded["attention_mask"].sum(1).tolist() == batches.lengths(case, 1)
+    assert torch.equal(padded["labels"] == -100, padded["attention_mask"] == 0)
+    rows = [
+        {"input_ids": ids[mask.bool()].tolist()} for ids, mask in zip(padded["input_ids"], padded["attention_mask"])
+    ]
+    want = DataCollatorWithFlattening()(rows)
+    for impl, more in (("stock", set()), ("unsloth", {"packed_seq_lengths"})):
+        flat = batches.Batches(case, shapes.Arm(impl, feed="flat"), 2)[1]
+        assert set(flat) == {"input_ids", "position_ids", "labels"} | more
+        for name in ("input_ids", "position_ids", "labels"):
+            assert torch.equal(flat[name], torch.as_tensor(want[name]))
+    assert flat["packed_seq_lengths"].tolist() == batches.lengths(case, 1)
+    packed = batches.Batches(shapes.Case(**TINY, packed=4), shapes.Arm("fast"), 1)[0]
+    assert set(packed) == {"input_ids", "position_ids", "labels"}
+    assert packed["position_ids"].tolist() == [list(range(8)) * 4] * 2
+    assert torch.equal(packed["labels"] == -100, packed["position_ids"] == 0)
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory):
+    """Packed and padded rows and every policy of recomputing, by both families."""
+    from conftest import run_python
+
+    folder = tmp_path_factory.mktemp("forms")
+    policies = [{"impl": "fast", "label": policy, "recompute": policy} for policy in ("auto", "offload")]
+    apart, flat, full = (
+        {"impl": "fast", "label": label, "feed": feed}
+        for label, feed in (("rows", "apart"), ("flat", "flat"), ("full rows", "full"))
+    )
+    cases = [
+        {"packed": 2, "checkpointing": True, "impls": ["stock", "fast", apart]},
+        {"padding": 0.3, "model": "tiny-mistral", "impls": ["stock", "fast", flat, full]},
+        {"model": "tiny-mistral", "checkpointing": True, "impls": ["stock", *policies]},
+    ]
+    (folder / "plan.json").write_text(json.dumps({"defaults": TINY, "cases": cases}))
+    arguments = ["--plan", folder / "plan.json", "--json", folder / "out.json", "--run", "r", "--ahead", "2"]
+    done = run_python(None, args=[BENCHMARKS / "train_step.py", *arguments], timeout=300)
+    return done, json.loads((folder / "out.json").read_text())
+
+
+def test_packed_and_padded_rows_end_to_end(forms):
+    done, results = forms
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = results["rows"]
+    assert {row["status"] for row in rows} == {"ok"}
+    assert [row["label"] for row in rows if "parity" not in row and row["impl"] != "stock"] == ["full rows"]
+    assert all(row["parity"]["ok"] and row["parity"]["loss_max"] < 1e-5 for row in rows if "parity" in row)
+    fast = {(row["case"]["packed"], row["case"]["padding"], row["label"]): row for row in rows if row["impl"] == "fast"}
+    packing = {
+        key: sum(r["forward"] for r in row["fast"]["rows"] if r["id"].endswith(".packing")) for key, row in fast.items()
+    }
+    # four steps of variable-length attention where documents or padding ask for it
+    assert packing[2, 0.0, "fast"] == packing[0, 0.3, "fast"] == packing[0, 0.3, "flat"] == 4
+    assert packing[2, 0.0, "rows"] == packing[0, 0.3, "full rows"] == packing[0, 0.0, "auto"] == 0
+    assert fast[0, 0.3, "flat"]["tokens"] == 45 and fast[0, 0.3, "full rows"]["tokens"] == 64
+    for title in (
+        "Tiny LoRA, 2x32, 2 documents a row, checkpointing, fp32",
+        "Tiny-Mistral LoRA, 2x32, 30 % padding, no checkpointing, fp32",
+    ):
+        assert f"{title}: fast\n" in done.stdout
+        assert f"| {title} | fast_unsloth_patch | " in report.render("arms", [results])
+
+
+def test_policies_of_recomputing_end_to_end(forms):
+    done, results = forms
+    rows = {
+        row["arm"]["recompute"]: row
+        for row in results["rows"]
+        if row["impl"] == "fast" and row["label"] in ("auto", "offload")
+    }
+    assert all(row["parity"]["ok"] and row["parity"]["loss_max"] < 1e-5 for row in rows.values())
+    for policy, row in rows.items():
+        assert row["fast"]["recompute"] == policy and row["fast"]["recompute_choice"]
+        assert f"recompute {policy}: {row['fast']['recompute_choice']}" in done.stdout
+    # it has to be the same three times before anything is measured
+    assert rows["auto"]["warmup"] == 3 and rows["auto"]["settled"] and rows["offload"]["warmup"] == 1
+
+
+@pytest.mark.parametrize(
+    ("choices", "warmup", "settled"),
+    [("abcddd", 6, True), ("aaa", 3, True), ("ab" * 20, 1 + train_step.SETTLING, False)],
+)
+def test_a_policy_that_chooses_is_measured_when_it_has_chosen(monkeypatch, choices, warmup, settled):
+    class Trainer:
+        losses, grad_norms = (), ()
+
+        def timed(self, inputs):
+            given.append(inputs)
+            return 1.0 if len(given) <= warmup else 0.5
+
+    given, said = [], iter(choices)
+    monkeypatch.setattr(training, "fast_status", lambda: {"recompute_choice": next(said)})
+    case, arm = shapes.Case(**TINY), shapes.Arm("fast", recompute="auto")
+    steps = batches.Batches(case, arm, 1 + 3 + train_step.SETTLING)
+    found = train_step._measure(Trainer(), steps, training.Phases())
+    assert (found["warmup"], found["settled"], len(given)) == (warmup, settled, warmup + 3)
+    assert found["step_ms"]["all"] == [500.0] * 3 and found["first_step_s"] == 1.0
+
+
+def test_losses_are_held_against_stock_however_far_it_went():
+    fast = _losses([6.0, 5.0, 4.0], [1.0] * 3, steps=2)
+    stock = _losses([6.0, 5.0], [1.0] * 2, "stock", run="old", steps=1)
+    records.add_parity([fast], [stock, fast])
+    assert fast["parity"]["ok"] and fast["parity"]["against"] == "old"
+    other = _losses([6.0, 5.0], [1.0] * 2)
+    records.add_parity([other], [_losses([6.0, 5.0], [1.0] * 2, "stock", packed=2), other])
+    assert "parity" not in other
+    full = _losses([3.0], [1.0]) | {"arm": {"feed": "full"}}
+    records.add_parity([full], [stock, full])
+    assert "parity" not in full
+
+
+def test_a_newer_run_without_a_ladder_does_not_hide_it():
+    ladder = [_result("stock", 1026, run="a"), _result("fast", 700, run="a", label="norms", arm={"rung": 1}, cold=True)]
+    cold = _result("fast", 800, run="a", cold=True, first_three_s=9.0)
+    newer = [_result("stock", 1000), _result("fast", 500)]
+    auto = _result("fast", 400, label="auto", tokens_per_s=8192 / 0.4)
+    document = {"rows": [*ladder, cold, *newer, auto], "floors": []}
+    assert "| 1000 ms, 25.0 GiB | 500 ms, 12.5 GiB |" in report.render("steps", [document])
+    assert "| norms | 700 ms | 17.5 GiB |" in report.render("ladder", [document])
+    assert "| 9.0 s |" in report.render("start", [document])
+    arms = report.render("arms", [document])
+    assert "| auto | 400 ms | 10.0 GiB | 20480 |" in arms and "norms" not in arms
+    assert report.TABLES["arms"]({"rows": [*ladder, cold], "floors": []}) == ""
