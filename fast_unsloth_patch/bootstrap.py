@@ -21,8 +21,7 @@ VARIABLE = "FAST_UNSLOTH"
 _ON = ("1", "true", "on", "yes")
 _OFF = ("0", "false", "off", "no")
 
-_RECOMPUTE = ("full", "stock")
-_RECOMPUTE_LATER = ("auto", "offload")
+RECOMPUTE = ("full", "stock", "auto", "offload")
 
 # The packages whose import starts the real work: the first names of the modules in the registry.
 _TRIGGERS = ("transformers", "peft")
@@ -108,7 +107,7 @@ class Config:
         left_out: id -> why it was not chosen.
         named: ids that the argument ``only`` names: they raise rather than decline.
         strict: everything chosen raises rather than declines.
-        recompute: ``"full"`` or ``"stock"``.
+        recompute: ``"full"``, ``"stock"``, ``"auto"`` or ``"offload"``.
     """
 
     def __init__(self, left_out: dict[str, str], named: frozenset[str], strict: bool, recompute: str) -> None:
@@ -159,15 +158,14 @@ def _names(argument: str, value: Any) -> set[str] | None:
 
 def _recompute(value: Any) -> str:
     variable = os.environ.get(f"{VARIABLE}_RECOMPUTE", "").strip()
-    asked = value if value is not None else variable or _RECOMPUTE[0]
-    if asked in _RECOMPUTE:
+    asked = value if value is not None else variable or RECOMPUTE[0]
+    if asked in RECOMPUTE:
         return str(asked)
-    state = "not available yet" if asked in _RECOMPUTE_LATER else "unknown"
-    problem = f"recompute={asked!r} is {state}: use {' or '.join(map(repr, _RECOMPUTE))}"
+    problem = f"recompute={asked!r} is unknown: use {', '.join(map(repr, RECOMPUTE[:-1]))} or {RECOMPUTE[-1]!r}"
     if value is not None:
         raise OptionError(problem)
     warn("activation", f"{VARIABLE}_RECOMPUTE is ignored: {problem}")
-    return _RECOMPUTE[0]
+    return RECOMPUTE[0]
 
 
 def wants_line() -> bool:

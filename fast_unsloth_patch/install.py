@@ -84,6 +84,7 @@ def unapply() -> None:
     with _lock:
         _state.active = False
         stuck = _restore(lambda record: True)
+    _set_policy()
     _warn_stuck(stuck)
 
 
@@ -95,7 +96,7 @@ def status(model: Any = None) -> Status:
     facts: list[str] | None = None
     reached: dict[str, int] = {}
     if model is not None:
-        facts, reached = facts_of(model, {record.owner: record.patch.id for record in records})
+        facts, reached = facts_of(model, [(record.owner, record.patch.id) for record in records])
     rows = []
     for patch in registry.PATCHES:
         modules = None if model is None else reached.get(patch.id, 0)
@@ -104,6 +105,7 @@ def status(model: Any = None) -> Status:
         "version": __version__,
         "active": _state.active,
         "recompute": config.recompute if config else "-",
+        "recompute_choice": _choice(),
         "backend": compat.backend(),
         "versions": compat.versions(),
     }
@@ -319,7 +321,17 @@ def _set_policy() -> None:
     for patch in registry.PATCHES:
         module = sys.modules.get(patch.replacement.partition(":")[0])
         if patch.kind == "checkpoint_property" and module is not None:
-            module.set_policy(_state.config.recompute)
+            module.set_policy(_state.config.recompute if _state.active else bootstrap.RECOMPUTE[0])
+
+
+def _choice() -> str:
+    """What a policy that chooses by itself has chosen, in words; empty for the others."""
+    if _state.config is not None and _state.config.recompute in ("auto", "offload"):
+        for patch in registry.PATCHES:
+            module = sys.modules.get(patch.replacement.partition(":")[0])
+            if patch.kind == "checkpoint_property" and module is not None:
+                return str(module.describe())
+    return ""
 
 
 def _records_of(patch: Patch) -> list[_Record]:

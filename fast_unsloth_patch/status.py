@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import sys
 
 from . import bootstrap
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 # Patches of the checkpointed region: they have no backward of their own, their second half is the recomputation.
 _CHECKPOINTING = ".checkpointing"
+_PACKING = ".packing"
 
 # Reasons to run stock of forwards that are not training.
 _NO_TRAINING = {"eval", "disabled", "keep_stock"}
@@ -166,6 +168,8 @@ class Row:
             return "forward was fast, but no backward ran" + (f"; stock: {stock}" if stock else "")
         if self.compiled:
             return "only traced by torch.compile, whose calls are not counted"
+        if self.id.endswith(_PACKING) and not stock:
+            return None  # it acts on packed or padded batches only, and there was none
         return f"ran stock: {stock}" if stock else "applied, but never called"
 
 
@@ -174,7 +178,7 @@ class Status:
 
     Attributes:
         rows: one :class:`Row` a patch.
-        environment: version, recompute policy, backend, versions found.
+        environment: version, recompute policy and what it has chosen, backend, versions found.
         model: with a model: what in it keeps patches from being reached, one sentence each; else None.
     """
 
@@ -229,21 +233,13 @@ class Status:
         head = [
             f"fast_unsloth_patch {env['version']}   recompute: {env['recompute']}   backend: {env['backend']}",
             found,
+            *([f"recompute: {env['recompute_choice']}"] if env.get("recompute_choice") else []),
             "",
         ]
         titles = ["patch", "target", "state", "forward", "backward", "recomputed", "stock calls, by reason"]
-        table = [titles] + [
-            [
-                row.id,
-                row.target if row.modules is None else f"{row.target} x{row.modules}",
-                f"{row.state}: {row.reason}" if row.reason else row.state,
-                f"{row.forward}" + (f" + {row.compiled} compiled" if row.compiled else ""),
-                str(row.backward),
-                str(row.recomputed),
-                ", ".join(f"{reason}: {count}" for reason, count in row.fallbacks.items()) or "-",
-            ]
-            for row in self.rows
-        ]
+        table = [titles]
+        for family, rows in itertools.groupby(self.rows, lambda row: row.id.partition(".")[0]):
+            table += _lines(family, list(rows))
         widths = [max(len(line[i]) for line in table) for i in range(len(titles))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table]
         if any(row.compiled for row in self.rows):
@@ -255,18 +251,40 @@ class Status:
     __repr__ = __str__
 
 
+def _lines(family: str, rows: list[Row]) -> list[list[str]]:
+    """The table's lines of one family; a single one while none of its modules is imported."""
+    if len(rows) > 1 and len({row.reason for row in rows}) == 1 and all(row.state == "pending" for row in rows):
+        return [[f"{family}.*", f"{len(rows)} patches", "pending", "0", "0", "0", rows[0].reason]]
+    table = []
+    for row in rows:
+        pending = row.state == "pending"
+        stock = [f"{reason}: {count}" for reason, count in row.fallbacks.items()]
+        table.append(
+            [
+                row.id,
+                row.target if row.modules is None or pending else f"{row.target} x{row.modules}",
+                row.state if pending or not row.reason else f"{row.state}: {row.reason}",
+                f"{row.forward}" + (f" + {row.compiled} compiled" if row.compiled else ""),
+                str(row.backward),
+                str(row.recomputed),
+                ", ".join(stock) or (row.reason if pending else "") or "-",
+            ]
+        )
+    return table
+
+
 def _reasons(row: Row) -> str:
     if row.fallbacks:
         return ", ".join(row.fallbacks)
     return row.reason or "not called"
 
 
-def facts_of(model: Any, targets: dict[type, str]) -> tuple[list[str], dict[str, int]]:
+def facts_of(model: Any, targets: list[tuple[type, str]]) -> tuple[list[str], dict[str, int]]:
     """What in ``model`` outranks or escapes a patch of the class, and how many modules each patch reaches.
 
     Args:
         model: an ``nn.Module``.
-        targets: patched class to patch id.
+        targets: patched class and patch id; a class may be patched twice.
     Returns:
         Sentences, and the number of modules by patch id.
     Raises:
@@ -276,13 +294,13 @@ def facts_of(model: Any, targets: dict[type, str]) -> tuple[list[str], dict[str,
 
     if not hasattr(model, "named_modules"):
         raise OptionError(f"status(model) takes a torch.nn.Module, not {type(model).__name__}")
-    reached = dict.fromkeys(targets.values(), 0)
+    reached = dict.fromkeys([patch_id for _, patch_id in targets], 0)
     kept = total = 0
     outranked: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         total += 1
         kept += bool(module.__dict__.get(KEEP_STOCK_FLAG))
-        for owner, patch_id in targets.items():
+        for owner, patch_id in targets:
             if not isinstance(module, owner):
                 continue
             reason = _outranks(module, owner, patch_id)
@@ -307,9 +325,17 @@ def _outranks(module: Any, owner: type, patch_id: str) -> str | None:
         where = f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__name__)}"
         return f"has its own forward ({where}), which outranks the class"
     overriding = next((c for c in type(module).__mro__ if "forward" in c.__dict__), owner)
-    if overriding is not owner and not patch_id.endswith(_CHECKPOINTING):
+    if overriding is not owner and not patch_id.endswith(_CHECKPOINTING) and not _wraps(overriding, owner):
         return f"is a subclass whose forward ({overriding.__module__}.{overriding.__qualname__}) replaces it"
     return None
+
+
+def _wraps(kind: type, owner: type) -> bool:
+    """Whether the forward of ``kind`` calls that of ``owner``: transformers wraps the one of FSDP2's subclass so."""
+    function: Any = vars(kind)["forward"]
+    while function is not None and function is not vars(owner).get("forward"):
+        function = getattr(function, "__wrapped__", None)
+    return function is not None
 
 
 class _Announcer:
@@ -370,6 +396,12 @@ def announce(snapshot: Callable[[], Status]) -> None:
         _announcer = _Announcer(snapshot)
         atexit.register(_announcer.at_exit)
         _first_backward = _announcer.first_backward if _announcer.line_due else None
+
+
+def say(text: str) -> None:
+    """A line of its own to stderr, as the one after the first fast step: on rank 0, if lines are wanted."""
+    if bootstrap.wants_line():
+        _write(f"fast_unsloth_patch: {text}", "stderr")
 
 
 def _write(text: str, stream: str) -> None:

@@ -7,16 +7,20 @@ FAST_UNSLOTH_TEST_SITES (folders, separated like PATH) names more transformers v
 """
 
 import copy
+import gc
 import os
 import pickle
 import threading
+import weakref
 from contextlib import nullcontext
 from functools import partial, wraps
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 import torch
 import transformers
+from tiny_llama import patched as all_patched
 from torch import nn
 from torch.utils import checkpoint as torch_checkpoint
 from torch.utils.checkpoint import checkpoint
@@ -24,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from fast_unsloth_patch.errors import PatchUnavailableError
-from fast_unsloth_patch.patches import checkpointing
+from fast_unsloth_patch.patches import checkpointing, layer_end
 from fast_unsloth_patch.status import tally
 from fast_unsloth_patch.switch import disabled, stock_only
 
@@ -33,6 +37,8 @@ TALLY = tally("llama.checkpointing")
 SITES = [site for site in os.environ.get("FAST_UNSLOTH_TEST_SITES", "").split(os.pathsep) if site]
 # What the stand-in records, one entry a call.
 NEEDED, RECOMPUTED, LEFT_OUT, STOCK = "needed", "recomputed", "left out", "stock"
+# From 5.23 on transformers checkpoints a layer's forward; before it, its __call__ with the hooks.
+HOOKS_OUTSIDE = "__init_subclass__" in LlamaDecoderLayer.__mro__[1].__dict__
 
 
 class _Mlp(torch.autograd.Function):
@@ -342,14 +348,15 @@ class TestRegions:
         assert all(torch.isfinite(t).all() for t in seen)
         # Backward reaches the second layer first; only a hook on every module concerns it.
         second = RECOMPUTED if place == "everywhere" else LEFT_OUT
-        assert patched.take() == [NEEDED, NEEDED, second, RECOMPUTED]
+        first = LEFT_OUT if place.startswith("layer") and HOOKS_OUTSIDE else RECOMPUTED
+        assert patched.take() == [NEEDED, NEEDED, second, first]
 
     def test_forward_on_the_instance(self, patched, model, wanted):
         layer = model.model.layers[0]
         layer.mlp.forward = partial(LlamaMLP.forward, layer.mlp)
         model.model.layers[1].forward = model.model.layers[1].forward
         assert_same(gradients(model), wanted)
-        assert set(patched.take()) == {NEEDED, RECOMPUTED}
+        assert patched.take() == [NEEDED] * 2 + [LEFT_OUT if HOOKS_OUTSIDE else RECOMPUTED, RECOMPUTED]
 
     def test_checkpoint_function_that_is_not_torchs(self, patched, wanted, use_reentrant):
         patched.apply()
@@ -500,7 +507,7 @@ class TestRegions:
 
         gradients(model)
         assert (TALLY.forward - forward, TALLY.recomputed - recomputed, told()) == (2, 2, {})
-        with model.model.layers[0].register_forward_hook(lambda *_: None):
+        with model.model.layers[0].mlp.register_forward_hook(lambda *_: None):
             gradients(model)
         assert (TALLY.forward - forward, TALLY.recomputed - recomputed) == (4, 4)
         assert told() == {"hooks on the layer": 1}
@@ -509,6 +516,239 @@ class TestRegions:
         loss.backward()
         assert (TALLY.forward - forward, TALLY.recomputed - recomputed) == (4, 4)
         assert told() == {"hooks on the layer": 1, "disabled": 4}
+
+
+def through(layer, *args, **kwargs):
+    """A function of the script's that returns the layer's result as its own."""
+    return layer(*args, **kwargs)
+
+
+def twice_through(layer, *args, **kwargs):
+    return through(layer, *args, **kwargs)
+
+
+def through_and_more(layer, *args, **kwargs):
+    hidden = layer(*args, **kwargs)
+    return hidden * hidden
+
+
+def through_in_a_block(layer, *args, **kwargs):
+    with nullcontext():
+        return layer(*args, **kwargs)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+class TestCheckpointOfTheScripts:
+    """torch.utils.checkpoint.checkpoint called by the script round each layer, with no help of transformers."""
+
+    def loss(self, model, use_reentrant, how=None, **kwargs):
+        ids, positions = torch.arange(10).reshape(2, 5), torch.arange(5)[None]
+        x = model.model.embed_tokens(ids)
+        rotary = model.model.rotary_emb(x, positions)
+        for layer in model.model.layers:
+            function = layer if how is None else partial(how, layer)
+            function = partial(function, attention_mask=None, position_ids=positions, position_embeddings=rotary)
+            x = checkpoint(function, x, use_reentrant=use_reentrant, **kwargs)
+        return model.lm_head(model.model.norm(x)).square().mean()
+
+    def compare(self, patched, use_reentrant, calls, backward=torch.Tensor.backward, **kwargs):
+        model = build()
+        backward(self.loss(model, use_reentrant, **kwargs))
+        wanted = {name: p.grad for name, p in model.named_parameters()}
+        patched.apply()
+        model = build()
+        backward(self.loss(model, use_reentrant, **kwargs))
+        assert_same({name: p.grad for name, p in model.named_parameters()}, wanted)
+        assert patched.take() == calls
+
+    @pytest.mark.parametrize("backward", [torch.Tensor.backward, in_thread])
+    @pytest.mark.parametrize("how", [None, through, twice_through])
+    def test_leaves_out_the_same(self, patched, use_reentrant, how, backward):
+        self.compare(patched, use_reentrant, [NEEDED] * 2 + [LEFT_OUT] * 2, backward, how=how)
+        assert TALLY.recomputed == 2 and TALLY.forward == 0
+
+    @pytest.mark.parametrize("how", [through_and_more, through_in_a_block])
+    def test_code_after_the_layer(self, patched, use_reentrant, how):
+        self.compare(patched, use_reentrant, [NEEDED] * 4, how=how)
+        assert TALLY.recomputed == 0
+
+    def test_policy_stock(self, patched, use_reentrant):
+        checkpointing.set_policy("stock")
+        self.compare(patched, use_reentrant, [NEEDED] * 4)
+
+    def test_without_the_patch(self, patched, use_reentrant):
+        patched.apply()
+        delattr(LlamaDecoderLayer, NAME)
+        self.loss(build(), use_reentrant).backward()
+        assert patched.take() == [NEEDED] * 4
+        setattr(LlamaDecoderLayer, NAME, None)
+
+    def test_hooks(self, patched, use_reentrant):
+        patched.apply()
+        model = build()
+        seen = []
+        model.model.layers[0].register_forward_hook(lambda *values: seen.append(values[2]))
+        model.model.layers[1].mlp.register_forward_hook(lambda *values: seen.append(values[2]))
+        self.loss(model, use_reentrant).backward()
+        assert patched.take() == [NEEDED] * 4
+        assert len(seen) >= 2 and all(torch.isfinite(t).all() for t in seen)
+
+    def test_checkpoint_wrapper(self, patched, use_reentrant):
+        from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as module
+
+        model = build()
+        loss_of(model).backward()
+        wanted = {name: p.grad for name, p in model.named_parameters()}
+        patched.apply()
+        model = build()
+        kind = module.CheckpointImpl.REENTRANT if use_reentrant else module.CheckpointImpl.NO_REENTRANT
+        for i, layer in enumerate(model.model.layers):
+            model.model.layers[i] = module.checkpoint_wrapper(layer, checkpoint_impl=kind)
+        loss_of(model).backward()
+        got = {name.replace("_checkpoint_wrapped_module.", ""): p.grad for name, p in model.named_parameters()}
+        assert_same(got, wanted)
+        assert patched.take() == [NEEDED] * 2 + [LEFT_OUT] * 2
+
+    def test_selective(self, patched, use_reentrant):
+        """It replays what operations returned, by their number: none may be left out."""
+        if use_reentrant:
+            return
+        context = partial(torch_checkpoint.create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+        self.compare(patched, use_reentrant, [NEEDED] * 4, context_fn=context)
+
+    def test_nested(self, patched, use_reentrant):
+        """Inside an outer recompute a layer's first call is needed."""
+
+        def outer(model, inner_reentrant):
+            return checkpoint(partial(self.loss, use_reentrant=inner_reentrant), model, use_reentrant=False)
+
+        for inner_reentrant in (True, False):
+            model = build()
+            self.loss(model, use_reentrant).backward()
+            wanted = {name: p.grad for name, p in model.named_parameters()}
+            patched.apply()
+            model = build()
+            outer(model, inner_reentrant).backward()
+            assert_same({name: p.grad for name, p in model.named_parameters()}, wanted)
+            assert patched.take().count(LEFT_OUT) == 2
+            patched.unapply()
+
+    def test_transformers_checkpoint_inside(self, patched, use_reentrant):
+        patched.apply()
+        model = build()
+        self.loss(model, use_reentrant).backward()
+        wanted = {name: p.grad for name, p in model.named_parameters()}
+        for inner_reentrant in (True, False):
+            model = build()
+            enable(model, inner_reentrant)
+            self.loss(model, use_reentrant).backward()
+            assert_same({name: p.grad for name, p in model.named_parameters()}, wanted)
+
+
+class TestLayerEnd:
+    def test_ours_is_believed_what_wraps_it_is_not(self):
+        def builder():
+            def forward(self, hidden_states):
+                return hidden_states
+
+            forward.ends_with_mlp = True
+            return forward
+
+        foreign = builder()
+        assert not layer_end.ends_with_mlp(foreign)
+        ours = FunctionType(foreign.__code__, {"__name__": "fast_unsloth_patch.patches.decoder"}, "forward")
+        assert not layer_end.ends_with_mlp(ours)
+        ours = FunctionType(foreign.__code__, {"__name__": "fast_unsloth_patch.patches.decoder"}, "forward")
+        ours.ends_with_mlp = True
+        assert layer_end.ends_with_mlp(ours)
+
+        @wraps(ours)
+        def wrapper(self, hidden_states):
+            return ours(self, hidden_states) ** 2
+
+        assert wrapper.ends_with_mlp and not layer_end.ends_with_mlp(wrapper)
+
+    def test_stock_and_the_wrapper_that_checkpoints_it(self):
+        assert layer_end.ends_with_mlp(LlamaDecoderLayer.forward)
+        assert not layer_end.ends_with_mlp(LlamaMLP.forward)
+        assert not layer_end.ends_with_mlp(None)
+
+    def test_the_patched_layer(self):
+        with all_patched("llama.decoder_layer", "llama.checkpointing"):
+            assert layer_end.ends_with_mlp(LlamaDecoderLayer.forward)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+class TestKeep:
+    @pytest.fixture
+    def seen(self, patched, monkeypatch):
+        """What each call of an MLP found, and what it kept: its input's sum and None."""
+        patched.apply()
+        inner, found = LlamaMLP.forward, []
+
+        def forward(mlp, x):
+            found.append(checkpointing.kept(mlp, "sum"))
+            checkpointing.keep(mlp, "sum", x.sum(), None)
+            return inner(mlp, x)
+
+        monkeypatch.setattr(LlamaMLP, "forward", forward)
+        return found
+
+    def test_from_forward_to_recompute(self, seen, use_reentrant):
+        model = build()
+        enable(model, use_reentrant)
+        sums = []
+        for layer in model.model.layers:
+            layer.mlp.register_forward_pre_hook(lambda mlp, args: sums.append(args[0].detach().sum()))
+        loss = loss_of(model)
+        regions = [o for o in gc.get_objects() if type(o) is checkpointing._Region and o.store]
+        assert len(regions) == 2
+        loss.backward(retain_graph=True)
+        assert seen[:2] == [None, None]
+        for found, wanted in zip(seen[2:], (sums[1], sums[0])):
+            total, nothing = found
+            assert torch.equal(total, wanted) and not total.requires_grad and nothing is None
+        assert all(region.store is None for region in regions), "let go at the end of the recompute"
+        del seen[:], regions
+        loss.backward()
+        assert seen == [None, None]
+
+    def test_let_go_with_the_graph(self, seen, use_reentrant):
+        model = build()
+        enable(model, use_reentrant)
+        loss = loss_of(model)
+        stores = [weakref.ref(t[0]) for o in gc.get_objects() if type(o) is checkpointing._Region for t in stored(o)]
+        assert len(stores) == 2 and all(store() is not None for store in stores)
+        gc.disable()
+        try:
+            del loss
+            assert all(store() is None for store in stores), "no cycle holds them"
+        finally:
+            gc.enable()
+
+    def test_a_module_that_runs_twice(self, seen, use_reentrant):
+        model = build()
+        enable(model, use_reentrant)
+        for layer in model.model.layers:
+            layer.mlp.register_forward_pre_hook(lambda mlp, args: mlp.forward(args[0]) * 0 + args[0])
+        loss_of(model).backward()
+        assert len(seen) >= 7 and set(seen) == {None}
+
+    def test_nothing_is_kept(self, seen, use_reentrant):
+        model = build()
+        loss_of(model).backward()
+        enable(model, use_reentrant)
+        with torch.no_grad():
+            loss_of(model)
+        with disabled():
+            loss_of(model).backward()
+        checkpointing.set_policy("stock")
+        loss_of(model).backward()
+        assert set(seen) == {None}
+
+
+def stored(region):
+    return list((region.store or {}).values())
 
 
 class TestAttribute:
@@ -576,8 +816,8 @@ class TestAttribute:
 
 
 def test_policy_is_checked():
-    with pytest.raises(ValueError, match="'full', 'stock', not 'auto'"):
-        checkpointing.set_policy("auto")
+    with pytest.raises(ValueError, match="'full', 'stock', 'auto', 'offload', not 'x'"):
+        checkpointing.set_policy("x")
 
 
 def test_outside_any_region():

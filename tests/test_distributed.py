@@ -21,9 +21,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_llama import FP32, LAYERS, batch, distance, llama, lora
+from tiny_llama import FP32, LAYERS, batch, causal_lm, distance, lora
 from torch import distributed as dist
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 
 import fast_unsloth_patch
 
@@ -32,6 +34,9 @@ STEPS = 2
 PROJECTIONS = 7
 # Gradient checkpointing: transformers' own, or torch's module wrapper, with which accelerate's FSDP plugin does it.
 NONE, NON_REENTRANT, REENTRANT, WRAPPER = "no checkpoints", "non-reentrant", "reentrant", "checkpoint wrapper"
+# From 5.23 on transformers checkpoints a layer's forward, before that the call of the layer with its hooks.
+HOOKS_OUTSIDE = "__init_subclass__" in vars(GradientCheckpointingLayer)
+LAYER = {"llama": LlamaDecoderLayer, "mistral": MistralDecoderLayer}
 
 
 @dataclass(frozen=True)
@@ -43,10 +48,17 @@ class Case:
     adapters: bool = True
     micro: int = 1
     options: dict[str, Any] = field(default_factory=dict)
+    family: str = "llama"
+
+    @property
+    def layer(self) -> type[torch.nn.Module]:
+        return LAYER[self.family]
 
     def __str__(self) -> str:
         options = [f"{key}={value}" for key, value in self.options.items()]
         model = "lora" if self.adapters else "full, tied"
+        if self.family != "llama":
+            model = f"{self.family} {model}"
         return ", ".join([self.wrapper, model, self.checkpoint, f"{self.micro} micro", *options])
 
 
@@ -71,6 +83,10 @@ CASES = {
             Case("fsdp1", checkpoint, adapters=False, options={"use_orig_params": False})
             for checkpoint in (NONE, NON_REENTRANT)
         ),
+        Case("ddp", REENTRANT, family="mistral"),
+        Case("fsdp2", NON_REENTRANT, family="mistral"),
+        Case("fsdp2", adapters=False, family="mistral"),
+        Case("fsdp1", family="mistral"),
     ]
 }
 
@@ -79,18 +95,21 @@ CASES = {
 
 
 def build(case: Case) -> torch.nn.Module:
-    model = lora(llama()) if case.adapters else llama(tie_word_embeddings=True)
+    # A window that is shorter than the rows.
+    size = {"sliding_window": 5} if case.family == "mistral" else {}
+    model = causal_lm(case.family, tie_word_embeddings=not case.adapters, **size)
+    model = lora(model) if case.adapters else model
     if case.checkpoint in (NON_REENTRANT, REENTRANT):
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": case.checkpoint == REENTRANT})
     return model
 
 
-def checkpoint_layers(model: torch.nn.Module) -> None:
+def checkpoint_layers(case: Case, model: torch.nn.Module) -> None:
     from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as module
 
     wrapper = partial(module.checkpoint_wrapper, checkpoint_impl=module.CheckpointImpl.NO_REENTRANT)
-    module.apply_activation_checkpointing(model, wrapper, check_fn=lambda m: isinstance(m, LlamaDecoderLayer))
+    module.apply_activation_checkpointing(model, wrapper, check_fn=lambda m: isinstance(m, case.layer))
 
 
 def wrap(case: Case, model: torch.nn.Module) -> torch.nn.Module:
@@ -106,9 +125,9 @@ def wrap(case: Case, model: torch.nn.Module) -> torch.nn.Module:
         from torch.distributed.fsdp import fully_shard
 
         if case.checkpoint == WRAPPER:
-            checkpoint_layers(model)
+            checkpoint_layers(case, model)
         options = {"mesh": init_device_mesh("cpu", (RANKS,)), **case.options}
-        for layer in [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]:
+        for layer in [module for module in model.modules() if isinstance(module, case.layer)]:
             fully_shard(layer, **options)
         return fully_shard(model, **options)
     from peft.utils.other import fsdp_auto_wrap_policy
@@ -116,10 +135,10 @@ def wrap(case: Case, model: torch.nn.Module) -> torch.nn.Module:
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
     if case.options.get("policy") == "peft":
-        os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "LlamaDecoderLayer"
+        os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = case.layer.__name__
         policy = fsdp_auto_wrap_policy(model)
     else:
-        policy = partial(transformer_auto_wrap_policy, transformer_layer_cls={LlamaDecoderLayer})
+        policy = partial(transformer_auto_wrap_policy, transformer_layer_cls={case.layer})
     wrapped = FullyShardedDataParallel(
         model,
         auto_wrap_policy=policy,
@@ -127,7 +146,7 @@ def wrap(case: Case, model: torch.nn.Module) -> torch.nn.Module:
         device_id=torch.device("cpu"),
     )
     if case.checkpoint == WRAPPER:
-        checkpoint_layers(wrapped)
+        checkpoint_layers(case, wrapped)
     return wrapped
 
 
@@ -255,23 +274,27 @@ def expected(case: Case) -> dict[str, int]:
     first = case.checkpoint in (NON_REENTRANT, REENTRANT) or not case.adapters or flat
     found = {"rms_norm forward": 2 * LAYERS + 1, "rms_norm backward": 2 * LAYERS + first}
     found |= {"loss forward": 1, "loss backward": 1}
+    found |= {"decoder_layer forward": LAYERS, "decoder_layer backward": LAYERS - 1 + first}
     if per_adapter:
         reason = "stock: lora_A type FullyShardedDataParallel"
         found |= {f"attention {reason}": LAYERS, f"mlp {reason}": LAYERS}
         linear = {f"peft.linear {reason}": calls * LAYERS * PROJECTIONS}
-        return {f"llama.{name}": calls * times for name, times in found.items()} | linear
+        return {f"{case.family}.{name}": calls * times for name, times in found.items()} | linear
     for name in ("attention", "mlp"):
         found |= {f"{name} forward": LAYERS, f"{name} backward": LAYERS}
-    again = {"rms_norm": 2 * LAYERS, "attention": LAYERS, "mlp": LAYERS}
+    again = {"rms_norm": 2 * LAYERS, "attention": LAYERS, "mlp": LAYERS, "decoder_layer": LAYERS}
     if case.checkpoint == WRAPPER:
         # A region that is not transformers' own: its recompute looks like another forward.
         found |= {f"{name} forward": found[f"{name} forward"] + times for name, times in again.items()}
+        # But the layer's end is left out of it, unless FSDP2's hooks are in the region.
+        end = "stock: hooks on the layer" if case.wrapper == "fsdp2" else "recomputed"
+        found[f"checkpointing {end}"] = LAYERS
     elif case.checkpoint != NONE:
         found |= {f"{name} recomputed": times for name, times in again.items()}
         found |= {"checkpointing forward": LAYERS, "checkpointing recomputed": LAYERS}
-        if case.wrapper == "fsdp2":
+        if case.wrapper == "fsdp2" and not HOOKS_OUTSIDE:
             found["checkpointing stock: hooks on the layer"] = LAYERS
-    return {f"llama.{name}": calls * times for name, times in found.items()}
+    return {f"{case.family}.{name}": calls * times for name, times in found.items()}
 
 
 @pytest.mark.parametrize("name", CASES)

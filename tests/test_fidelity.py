@@ -13,12 +13,26 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from tiny_llama import FP32, assert_same, batch, distance, fill_adapters, hits, llama, lora, patched, run
+from tiny_llama import (
+    FAMILIES,
+    FP32,
+    assert_same,
+    batch,
+    causal_lm,
+    distance,
+    family_of,
+    fill_adapters,
+    hits,
+    lora,
+    patched,
+    run,
+)
 
 from fast_unsloth_patch.registry import PATCHES
 
 # RMSNorm, attention, MLP, loss, checkpointing, PEFT: whatever the registry has.
 EVERYTHING = tuple(patch.id for patch in PATCHES)
+PARTS = ("rms_norm", "attention", "mlp", "decoder_layer", "loss")
 WORST = 1.1
 GRADIENT_SEEDS = 32
 LOSS_SEEDS = 128
@@ -29,6 +43,7 @@ class Case(NamedTuple):
     adapter: torch.dtype | None  # None: full fine-tuning
     autocast: torch.dtype | None
     checkpointing: bool = False
+    family: str = "llama"
 
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -39,11 +54,13 @@ CASES = {
     "pure bf16, fp32 adapters": Case(BF16, F32, None),
     "autocast, full fine-tuning, checkpointing": Case(F32, None, BF16, True),
     "pure bf16, full fine-tuning": Case(BF16, None, None),
+    "Mistral, autocast, bf16 base, fp32 adapters": Case(BF16, F32, BF16, True, "mistral"),
 }
 
 
 def make(case: Case, **size):
-    model = llama(case.base, **size)
+    # Mistral's window is shorter than any row here.
+    model = causal_lm(case.family, case.base, **({"sliding_window": 5} if case.family == "mistral" else {}), **size)
     if case.adapter is not None:
         model = lora(model, adapter_dtype=case.adapter)
         model.enable_input_require_grads()
@@ -60,6 +77,11 @@ def refill(model, seed: int) -> None:
         spread = 0.2 if name.endswith("norm.weight") else 0.7 / parameter.shape[-1] ** 0.5
         parameter.normal_(1.0 if name.endswith("norm.weight") else 0.0, spread)
     fill_adapters(model, seed)
+
+
+def assert_fast(model, before: dict[str, int]) -> None:
+    family = family_of(model)
+    assert all(hits()[k] > before[k] for k in (f"{family}.{part}" for part in PARTS))
 
 
 def inputs_of(seed: int, rows: int, length: int) -> dict[str, torch.Tensor]:
@@ -98,7 +120,7 @@ def pooled(case: Case, device: str, rows: int, length: int, loss_seeds: int, **s
             before = hits()
             with patched(*EVERYTHING):
                 fast = run(model, inputs, autocast=case.autocast, keep_logits=False)
-            assert all(hits()[k] > before[k] for k in ("llama.rms_norm", "llama.attention", "llama.mlp"))
+            assert_fast(model, before)
             assert fast.grads.keys() == stock.grads.keys() == exact.grads.keys()
             for name, expected in exact.grads.items():
                 errors.add(name, fast.grads[name], stock.grads[name], expected)
@@ -132,20 +154,21 @@ def test_bf16(name):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kind", ["lora", "lora checkpointing", "full", "full checkpointing"])
-def test_fp32(kind, seed):
-    case = Case(F32, F32 if kind.startswith("lora") else None, None, kind.endswith("checkpointing"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp32(family, kind, seed):
+    case = Case(F32, F32 if kind.startswith("lora") else None, None, kind.endswith("checkpointing"), family)
     model = make(case)
     refill(model, seed)
     inputs = inputs_of(seed, 2, 12)
     before = hits()
     with patched(*EVERYTHING):
         fast = run(model, inputs, keep_logits=False)
-    assert all(hits()[k] > before[k] for k in ("llama.rms_norm", "llama.attention", "llama.mlp"))
+    assert_fast(model, before)
     assert_same(fast, run(model, inputs, keep_logits=False), FP32)
 
 
 def test_two_fast_runs_are_bitwise_equal():
-    model = lora(llama(BF16), lora_dropout=0.2)
+    model = lora(causal_lm("llama", BF16), lora_dropout=0.2)
     with patched(*EVERYTHING):
         runs = []
         for _ in range(2):
@@ -187,7 +210,7 @@ def test_gpu_fp32(kind):
 
 @pytest.mark.gpu
 def test_gpu_two_fast_runs_are_bitwise_equal():
-    model = lora(llama(BF16, **GPU_SIZE), lora_dropout=0.2).cuda()
+    model = lora(causal_lm("llama", BF16, **GPU_SIZE), lora_dropout=0.2).cuda()
     with patched(*EVERYTHING):
         runs = []
         for _ in range(2):

@@ -401,7 +401,7 @@ def test_an_attention_that_takes_the_placeholder_for_a_mask_fails():
     model = llama()
     with patched("llama.packing"):
         forward = type(layers_of(model)[0].self_attn).forward
-    forward.takes_packing = True
+    forward.takes_packing = forward
     try:
         with patched("llama.packing"), pytest.raises(RuntimeError):
             model(**packed([5, 11]), use_cache=False)

@@ -154,15 +154,15 @@ def test_facts_of_a_model():
     own = nn.Linear(2, 2)
     model[3].forward = types.MethodType(nn.Linear.forward, own)
     model[4].forward = functools.partial(other_forward, model[4])
-    facts, reached = facts_of(model, {nn.Linear: "x.linear"})
+    facts, reached = facts_of(model, [(nn.Linear, "x.linear")])
     assert reached == {"x.linear": 2}, "the plain one and the subclass that inherits"
     text = "\n".join(facts)
     assert "test_status.other_forward), which outranks the class (1x, first: 4)" in text
     assert "subclass whose forward (test_status.Overriding) replaces it (1x, first: 2)" in text
     assert "keep_stock" not in text
     fup.keep_stock(model[0])
-    assert facts_of(model, {nn.Linear: "x.linear"})[0][0] == "keep_stock: 1 of 7 modules keep stock forwards"
-    assert "contains no module that a patch reaches" in facts_of(nn.ReLU(), {nn.Linear: "x.linear"})[0][0]
+    assert facts_of(model, [(nn.Linear, "x.linear")])[0][0] == "keep_stock: 1 of 7 modules keep stock forwards"
+    assert "contains no module that a patch reaches" in facts_of(nn.ReLU(), [(nn.Linear, "x.linear")])[0][0]
 
 
 def other_forward(module, x):

@@ -4,6 +4,7 @@ through an autograd Function.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -175,14 +176,20 @@ class Normed(NamedTuple):
 
     @classmethod
     def mark(cls, y: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor) -> None:
-        """Note on ``y`` itself where it comes from."""
+        """Note on ``y`` itself where it comes from, if a backward may ask."""
+        if not y.requires_grad:
+            return
         y._fast_normed = cls(x.detach(), rstd, weight.detach(), y._version)  # type: ignore[attr-defined]
 
     @classmethod
     def of(cls, y: torch.Tensor) -> Normed | None:
         """What ``y`` was made from, if that is known and nobody has written to it since."""
         found = getattr(y, "_fast_normed", None)
-        return found if found is not None and found.version == y._version else None
+        return found if type(found) is cls and found.version == y._version else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies and files of y know nothing of this: OrderedDict is a type that torch.load takes from anybody.
+        return OrderedDict, ()
 
 
 def adapted(group: list[Operands]) -> list[Operands]:

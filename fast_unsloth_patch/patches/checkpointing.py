@@ -1,4 +1,4 @@
-"""Recompute policy under gradient checkpointing: which call is a recompute, and what it need not compute.
+"""Recompute under gradient checkpointing: which call is a recompute, what it may leave out, and whether it takes place.
 
 Hugging Face's ``GradientCheckpointingLayer`` checkpoints one layer by
 ``self._gradient_checkpointing_func(partial(forward, self, **kwargs), *args)``. :func:`checkpointing_func` makes that
@@ -9,7 +9,12 @@ recompute. So the region knows
 * by its own call count, whether a call is the forward (the first) or a recompute. "Are we inside backward?" is no test:
   under a user's checkpoint round several layers a layer's first call, whose output is needed, happens inside backward;
 * the fast-or-stock decision of the forward (:func:`fast_unsloth_patch.switch.disabled`), and re-enters it in every
-  recompute, which on CUDA runs in autograd's thread, where no context variable of the script's is set.
+  recompute, which on CUDA runs in autograd's thread, where no context variable of the script's is set;
+* what the forward hands to its recompute (:func:`keep`, :func:`kept`).
+
+Policies (:func:`set_policy`): ``"stock"`` recomputes everything; ``"full"`` leaves out what nothing reads, and so do
+the other two: ``"auto"`` (``recompute.py``) keeps layers from being recomputed as far as memory allows, ``"offload"``
+(``offload.py``) moves the layers' inputs to the host.
 
 Why the output of the layer's MLP may be left out in a recompute (:func:`output_unused`). Both of torch's checkpoints
 discard what the recompute returns: the reentrant one only hangs the incoming gradient on it (it needs the shape and
@@ -21,55 +26,64 @@ us: an ``autograd.Function`` saves its tensors after its forward has returned, s
 
 Counted (``status()``): regions run and recomputed; as fall-backs those that recomputed everything, and why.
 
-Limit: a region that the script checkpoints itself, with Hugging Face's checkpointing off, is not seen. It recomputes
-everything, and by the switch's state at that time: there ``disabled()`` must be round the backward pass too.
+Regions that the script checkpoints itself, by ``torch.utils.checkpoint.checkpoint(layer, ...)`` with Hugging Face's
+checkpointing off, hand us no function. Their recompute is recognised on the Python stack
+(:func:`layer_end.rerun_by_torch`) and leaves out the same; it is decided by the switch's state at that time (there
+``disabled()`` must be round the backward pass too), counts as another forward of the parts, and is neither kept nor
+offloaded.
 """
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
 from collections.abc import Callable
 from contextvars import ContextVar
-from functools import lru_cache, partial
-from types import FunctionType, MethodType
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as _module_globals
-from torch.utils import checkpoint as _torch_checkpoint
 
 from ..errors import PatchUnavailableError
 from ..status import Tally
 from ..switch import _STOCK
+from . import layer_end
+from .guards import hooked, hooked_globally
+from .offload import Offload
+from .recompute import Auto
 
 _NAME = "_gradient_checkpointing_func"
-_POLICIES = ("full", "stock")
-
-# Arguments of torch's checkpoint that do not look at what the region computes. `context_fn` does (selective
-# checkpointing replays outputs by their order), `debug` compares the operations of forward and recompute.
-_HARMLESS = {"use_reentrant", "preserve_rng_state", "determinism_check", "early_stop"}
-
-# The end of the stock decoder layer, from which `output_unused` draws its conclusion.
-_TAIL = ["hidden_states = self.mlp(hidden_states)", "hidden_states = residual + hidden_states", "return hidden_states"]
+_POLICIES = ("full", "stock", "auto", "offload")
 
 _policy = "full"
+# What runs the regions in place of the script's checkpoint function, if the policy has a say in that.
+_runner: Auto | Offload | None = None
 
 
 def set_policy(policy: str) -> None:
-    """Choose what a recompute leaves out: ``"full"``, everything that is not needed, or ``"stock"``, nothing.
+    """Choose what a recompute leaves out, and whether it takes place.
 
     Args:
-        policy: ``"full"`` or ``"stock"``. May change at any time, also between a forward and its backward.
+        policy: ``"stock"``, ``"full"``, ``"auto"`` or ``"offload"``. May change at any time, also between a forward and
+            its backward.
     Raises:
         ValueError: another policy.
     """
-    global _policy
+    global _policy, _runner
     if policy not in _POLICIES:
         raise ValueError(f"recompute policy must be one of {', '.join(map(repr, _POLICIES))}, not {policy!r}")
+    if policy == _policy:
+        return
+    if _runner is not None:
+        _runner.stop()
     _policy = policy
+    _runner = Auto() if policy == "auto" else Offload() if policy == "offload" else None
+    if _runner is not None:
+        _runner.start()
+
+
+def describe() -> str:
+    """What the policy has chosen so far, in words; empty for policies without a choice."""
+    return "" if _runner is None else _runner.describe()
 
 
 def recomputing() -> bool:
@@ -78,37 +92,127 @@ def recomputing() -> bool:
     A recompute runs with gradients. What runs without them inside it (a teacher asked from a hook) is a forward of its
     own, for which transformers makes no region from 5.24 on.
     """
-    return not torch.compiler.is_compiling() and _RECOMPUTED.get() is not None and torch.is_grad_enabled()
+    if torch.compiler.is_compiling():
+        return False
+    region = _REGION.get()
+    return region is not None and region.recompute and torch.is_grad_enabled()
 
 
 def output_unused(module: nn.Module) -> bool:
     """True if nothing will read the values that ``module`` returns in this call.
 
-    Only under the policy ``"full"``, in a recompute of a region that is exactly one decoder layer with the stock
-    forward, checkpointed by torch's own function without ``context_fn``, when ``module`` is that layer's ``mlp`` and
-    neither it nor the layer is hooked. All of it is looked up now, not in the forward: the script may have added a
-    hook since.
+    Never under the policy ``"stock"``. Only in a recompute of a region that is exactly one decoder layer with a forward
+    that ends as the stock one's, checkpointed by torch's own function without ``context_fn``, when ``module`` is that
+    layer's ``mlp`` and nobody has hooked what runs. All of it is looked up now, not in the forward: the script may have
+    added a hook since.
 
     Args:
         module: the module that is being called.
     Returns:
         True if the values are not needed; shape, dtype, device and the autograd graph of the output always are.
     """
-    if _policy != "full" or not recomputing():
+    if _policy == "stock" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
-    region = _RECOMPUTED.get()
-    if region is None or region.layer._modules.get("mlp") is not module:
-        return False
-    reason = region.why_complete(module)
+    region = _REGION.get()
+    if region is None or not region.recompute:
+        layer = layer_end.rerun_by_torch(module)
+        tally = None if layer is None else _tally_of(layer)
+        if layer is None or tally is None:
+            return False
+        reason = _why_complete(layer, module, type(layer).forward, hooks_outside=False)
+        if reason is None:
+            tally.hit(recomputing=True)
+    else:
+        layer, tally = region.layer, region.tally
+        if layer._modules.get("mlp") is not module:
+            return False
+        forward, hooks_outside = layer_end.forward_of(region.function, layer)
+        reason = _why_complete(layer, module, forward, hooks_outside)
+        if reason is None and not layer_end.is_plain_checkpoint(region.checkpoint):
+            reason = "other checkpoint function"
     if reason is not None:
-        region.tally.fall_back(reason)
+        tally.fall_back(reason)
     return reason is None
 
 
-class _Region:
-    """One checkpointed call of one layer: the function that torch runs in the forward and again in each recompute."""
+def _why_complete(layer: nn.Module, mlp: nn.Module, forward: object, hooks_outside: bool) -> str | None:
+    """Why the recompute must compute the output of the layer's ``mlp`` too, or None: nothing reads it."""
+    if hooked(mlp) or (hooked(layer) and not hooks_outside):
+        return "hooks on the layer"
+    if hooked_globally():
+        return "global module hooks"
+    return None if layer_end.ends_with_mlp(forward) else "unknown layer forward"
 
-    __slots__ = ("called", "checkpoint", "function", "layer", "stock", "tally")
+
+def discarded() -> bool:
+    """True if nobody will read what is saved for backward in this call: the forward of a checkpointed region.
+
+    Its recompute saves the same again, and torch's own checkpoint reads only that. Shapes and dtypes must be right: it
+    compares them. Never under the policy ``"stock"``, nor for a layer that is kept.
+    """
+    region = _REGION.get()
+    return (
+        region is not None
+        and not (region.recompute or region.keeps or region.stock)
+        and _policy != "stock"
+        and layer_end.is_plain_checkpoint(region.checkpoint)
+    )
+
+
+def keep(module: nn.Module, name: str, *tensors: torch.Tensor | None) -> None:
+    """In the forward of a checkpointed region: keep ``tensors`` for the recompute, which asks for them by :func:`kept`.
+
+    For what is small and costs much to compute again, as ``x A^T`` of an adapter. They are detached, and let go when
+    the recompute ends or nobody can backpropagate any more. Elsewhere, and under ``"stock"``, nothing is kept.
+
+    Args:
+        module: whose they are; with ``name`` the key. A module that runs twice in a region keeps nothing, for a key
+            would not tell the calls apart.
+        name: what they are.
+        tensors: any number, None among them.
+    """
+    region = _REGION.get()
+    if region is None or region.recompute or region.keeps or region.stock or _policy == "stock":
+        return
+    key = id(module), name
+    store = region.store
+    if store is None:
+        store = region.store = {}
+    store[key] = () if key in store else tuple(None if t is None else t.detach() for t in tensors)
+
+
+def kept(module: nn.Module, name: str) -> tuple[torch.Tensor | None, ...] | None:
+    """In a recompute: what :func:`keep` was given under this key in the forward, or None: compute it."""
+    region = _REGION.get()
+    if region is None or not region.recompute or region.store is None or not torch.is_grad_enabled():
+        return None
+    return region.store.get((id(module), name)) or None
+
+
+class _Region:
+    """One checkpointed call of one layer: the function that torch runs in the forward and again in each recompute.
+
+    Attributes:
+        layer, checkpoint, function, tally: whose call it is, what checkpoints it, what it runs, where it counts.
+        recompute: in a call, whether it is the second or a later one.
+        stock: the forward's decision, for all calls.
+        keeps: there will be no recompute: ``"auto"`` has decided to keep the layer's activations.
+        budget: what measures the recompute, or None.
+        store: what the forward keeps for the recompute, by module and name.
+    """
+
+    __slots__ = (
+        "budget",
+        "called",
+        "checkpoint",
+        "function",
+        "keeps",
+        "layer",
+        "recompute",
+        "stock",
+        "store",
+        "tally",
+    )
 
     def __init__(
         self, layer: nn.Module, checkpoint: Callable[..., Any], function: Callable[..., Any], tally: Tally
@@ -118,39 +222,35 @@ class _Region:
         self.checkpoint = checkpoint
         self.function = function
         self.called = False
+        self.recompute = False
+        self.keeps = False
+        self.budget: Any = None
+        self.store: dict[tuple[int, str], tuple[torch.Tensor | None, ...]] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        recompute, self.called = self.called, True
-        if not recompute:
+        self.recompute, self.called = self.called, True
+        if not self.recompute:
             self.stock = _STOCK.get()
         if self.stock:
             self.tally.fall_back("disabled")
         else:
-            self.tally.hit(recompute)
-        if not recompute and _RECOMPUTED.get() is None:
-            return self.function(*args, **kwargs)
+            self.tally.hit(self.recompute)
         stock_token = _STOCK.set(self.stock)
-        # None for a forward: if it runs inside another region's recompute, its output is needed there.
-        region_token = _RECOMPUTED.set(self if recompute else None)
+        # Set for a forward too: if it runs inside another region's recompute, its output is needed there.
+        region_token = _REGION.set(self)
         try:
             # A recompute usually ends by an exception: torch's early stop.
+            if self.recompute and self.budget is not None:
+                return self.budget.rerun(self.function, args, kwargs)
             return self.function(*args, **kwargs)
         finally:
-            _RECOMPUTED.reset(region_token)
+            if self.recompute:
+                self.store = None
+            _REGION.reset(region_token)
             _STOCK.reset(stock_token)
 
-    def why_complete(self, mlp: nn.Module) -> str | None:
-        """Why the recompute must compute the output of the layer's ``mlp`` too, or None: nothing reads it."""
-        if _hooked(self.layer) or _hooked(mlp):
-            return "hooks on the layer"
-        if _hooked_globally():
-            return "global module hooks"
-        if not _ends_with_mlp(_forward_of(self.function, self.layer)):
-            return "unknown layer forward"
-        return None if _is_plain_checkpoint(self.checkpoint) else "other checkpoint function"
 
-
-_RECOMPUTED: ContextVar[_Region | None] = ContextVar("fast_unsloth_recomputed_region", default=None)
+_REGION: ContextVar[_Region | None] = ContextVar("fast_unsloth_region", default=None)
 
 
 class _Checkpointed:
@@ -167,7 +267,11 @@ class _Checkpointed:
         self.checkpoint = checkpoint
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.checkpoint(_Region(self.layer, self.checkpoint, function, self.tally), *args, **kwargs)
+        region = _Region(self.layer, self.checkpoint, function, self.tally)
+        # Keywords may be the checkpoint function's or the layer's: whose, a policy cannot tell.
+        if _runner is None or kwargs:
+            return self.checkpoint(region, *args, **kwargs)
+        return _runner.run(region, args)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.checkpoint, name)
@@ -222,74 +326,11 @@ def checkpointing_func(stock: object, tally: Tally) -> property:
         except KeyError:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {_NAME!r}") from None
 
+    get.tally = tally  # type: ignore[attr-defined]
     return property(get, set_, delete, "The checkpoint function that the script chose, told forward from recompute.")
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
-def _hooked_globally() -> bool:
-    return bool(
-        _module_globals._global_forward_hooks
-        or _module_globals._global_forward_pre_hooks
-        or _module_globals._global_backward_hooks
-        or _module_globals._global_backward_pre_hooks
-    )
-
-
-def _forward_of(function: object, layer: nn.Module) -> object:
-    """The plain forward that ``function`` runs if it runs ``layer`` and nothing else, otherwise None.
-
-    transformers 5.23 passes ``partial(forward, layer, **kwargs)``; before it ``partial(super().__call__, **kwargs)``,
-    which is ``nn.Module.__call__`` bound to the layer.
-    """
-    if type(function) is not partial:
-        return None
-    inner, args = function.func, function.args
-    if len(args) == 1 and args[0] is layer:
-        return inner
-    if not args and inner == MethodType(nn.Module.__call__, layer):
-        return type(layer).forward
-    return None
-
-
-@lru_cache(maxsize=64)
-def _ends_with_mlp(forward: object) -> bool:
-    """Is ``forward`` written as the stock decoder layer's: the MLP once, added to the residual, and returned?
-
-    Reads the source of the code that runs (not of what it claims to wrap), so a replaced forward is judged by itself;
-    no source, no claim. The one wrapper that is looked through is transformers' own for renamed arguments (from 5.24 on
-    on the layer's forward), which calls what it wraps and returns its result.
-    """
-    while isinstance(forward, FunctionType) and forward.__globals__["__name__"] == "transformers.utils.deprecation":
-        forward = forward.__wrapped__  # type: ignore[attr-defined]
-    if not isinstance(forward, FunctionType):
-        return False
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(forward.__code__))).body[0]
-    except (OSError, SyntaxError):
-        return False
-    if not isinstance(tree, ast.FunctionDef) or [ast.unparse(line) for line in tree.body[-len(_TAIL) :]] != _TAIL:
-        return False
-    return sum(isinstance(node, ast.Attribute) and node.attr == "mlp" for node in ast.walk(tree)) == 1
-
-
-def _is_plain_checkpoint(checkpoint: object) -> bool:
-    """Is it torch's own ``checkpoint``, bare or with arguments that do not look at what the region computes?"""
-    if type(checkpoint) is partial:
-        if checkpoint.args or not _HARMLESS.issuperset(checkpoint.keywords):
-            return False
-        checkpoint = checkpoint.func
-    # Some libraries put their own function in torch's place, so the name alone proves nothing.
-    return (
-        checkpoint is _torch_checkpoint.checkpoint
-        and isinstance(checkpoint, FunctionType)
-        and checkpoint.__globals__["__name__"].startswith("torch.")
-    )
+def _tally_of(layer: nn.Module) -> Tally | None:
+    """The counters of the property on the class of ``layer``; None: there is none of ours."""
+    found = getattr(type(layer), _NAME, None)
+    return getattr(found.fget, "tally", None) if type(found) is property else None

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -48,21 +48,31 @@ def rms_norm_forward(stock: Callable, tally: Tally) -> Callable:
         tally.hit(checkpointing.recomputing())
         return rms_norm(hidden_states, holder_of(self, "weight")["weight"], self.variance_epsilon, tally=tally)
 
-    def with_residual(self, residual, delta):
-        """The norm of ``residual + delta``, and that sum; without a delta, of the residual."""
+    def with_residual(self, residual, delta, layer=None):
+        """The norm of ``residual + delta``, and that sum; without a delta, of the residual. ``layer`` counts too."""
         reason = reason_for_stock(self, residual)
-        if reason is None and delta is not None and (type(delta) is not torch.Tensor or delta.shape != residual.shape):
-            reason = "addition of other shapes"
+        if reason is None and delta is not None:
+            reason = _addition_reason(residual, delta)
         if reason is not None:
             tally.fall_back(reason)
             summed = residual if delta is None else residual + delta
             return stock(self, summed), summed
         tally.hit(checkpointing.recomputing())
         weight = holder_of(self, "weight")["weight"]
-        return residual_rms_norm(residual, delta, weight, self.variance_epsilon, tally=tally)
+        counters = tally if layer is None else _Both(tally, layer)
+        return residual_rms_norm(residual, delta, weight, self.variance_epsilon, tally=counters)
 
+    with_residual.forward = forward  # type: ignore[attr-defined]
     forward.with_residual = with_residual  # type: ignore[attr-defined]
     return forward
+
+
+def _addition_reason(residual: torch.Tensor, delta: torch.Tensor) -> str | None:
+    if type(delta) is not torch.Tensor or delta.shape != residual.shape:
+        return "addition of other shapes"
+    if delta.device != residual.device:
+        return "addition from another device"
+    return None if delta.dtype is residual.dtype else guards.unsupported(delta)
 
 
 def _norm_weight_reason(module: nn.Module, x: torch.Tensor) -> str | None:
@@ -150,7 +160,7 @@ def _attention_forward(stock: Callable, tally: Tally, *, windowed: bool) -> Call
         attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1)
         return lora_linear(attn_output, o_proj, memo=_memo(self, "o"), tally=o_tally), attn_weights
 
-    forward.takes_packing = True  # type: ignore[attr-defined]
+    forward.takes_packing = forward  # type: ignore[attr-defined]  # itself, for wrappers copy attributes
     return forward
 
 
@@ -210,7 +220,8 @@ def mlp_forward(stock: Callable, tally: Tally) -> Callable:
             up,
             down,
             residual=residual,
-            need_output=not checkpointing.output_unused(self),
+            # Whoever has wrapped this forward, or calls it from a subclass, reads what it returns.
+            need_output=type(self).forward is not forward or not checkpointing.output_unused(self),
             keep=not checkpointing.discarded(),
             memo=_memo(self, "gate_up"),
             tally=tally,
@@ -219,6 +230,7 @@ def mlp_forward(stock: Callable, tally: Tally) -> Callable:
     def forward(self, x):
         return with_residual(self, x, None)
 
+    with_residual.forward = forward  # type: ignore[attr-defined]
     forward.with_residual = with_residual  # type: ignore[attr-defined]
     return forward
 
@@ -257,7 +269,7 @@ def decoder_layer_forward(stock: Callable, tally: Tally) -> Callable:
                 **kwargs,
             )
         tally.hit(checkpointing.recomputing())
-        normed, residual = input_norm(hidden_states, None)
+        normed, residual = input_norm(hidden_states, None, tally)
         attn_output, _ = self.self_attn(
             hidden_states=normed,
             attention_mask=attention_mask,
@@ -280,6 +292,17 @@ def decoder_layer_forward(stock: Callable, tally: Tally) -> Callable:
     return forward
 
 
+class _Both(NamedTuple):
+    """Counts a backward for two patches."""
+
+    first: Tally
+    second: Tally
+
+    def hit_backward(self) -> None:
+        self.first.hit_backward()
+        self.second.hit_backward()
+
+
 def _memo(module: nn.Module, name: str) -> Memo:
     """What carries an op's small products from the forward of a checkpointed region to its recompute."""
     return Memo(checkpointing.kept(module, name), partial(checkpointing.keep, module, name))
@@ -287,8 +310,12 @@ def _memo(module: nn.Module, name: str) -> Memo:
 
 def _joined(layer: nn.Module, name: str) -> Callable | None:
     """``with_residual`` of the child's patched forward; None where the child must be called as a module."""
-    child: Any = layer._modules[name]
-    with_residual = getattr(type(child).forward, "with_residual", None)
-    if with_residual is None or guards.hooked(child) or guards.hooked_globally():
+    child: Any = layer._modules.get(name)
+    forward = getattr(type(child), "forward", None)  # torch.jit's modules have none on their class
+    with_residual = getattr(forward, "with_residual", None)
+    # Not the copy of it that functools.wraps leaves on whatever wraps our forward.
+    if child is None or with_residual is None or with_residual.forward is not forward:
+        return None
+    if guards.hooked(child) or guards.hooked_globally():
         return None
     return partial(with_residual, child)

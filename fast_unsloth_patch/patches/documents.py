@@ -197,7 +197,8 @@ def why_stock(call: Call, inputs: torch.Tensor) -> str | None:
     attention: Any = None
     for layer in call.model.layers:
         attention = getattr(layer, "self_attn", None)
-        if not getattr(getattr(type(attention), "forward", None), "takes_packing", False):
+        forward = getattr(type(attention), "forward", None)
+        if getattr(forward, "takes_packing", None) is not forward or forward is None:
             return "attention not patched"
         if "forward" in layer.__dict__ or "forward" in attention.__dict__:
             return "forward of a layer replaced"

@@ -76,6 +76,7 @@ def hooked(module: nn.Module) -> bool:
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
         or "forward" in state
+        or state.get("_compiled_call_impl") is not None
     )
 
 

@@ -142,9 +142,10 @@ class _Source:
 class _Head:
     """``lm_head`` as it was in the forward: operands, autocast, and what shows that the weight has changed since."""
 
-    __slots__ = ("autocast", "hidden", "kind", "state", "step", "steps_before", "version", "weight")
+    __slots__ = ("autocast", "family", "hidden", "kind", "state", "step", "steps_before", "version", "weight")
 
-    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, state: _State) -> None:
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, state: _State, family: str) -> None:
+        self.family = family
         self.hidden = hidden.detach()
         self.weight = weight.detach()
         self.kind = hidden.device.type
@@ -164,7 +165,7 @@ class _Head:
             raise FastPatchError(
                 "the logits were read after FSDP had freed lm_head.weight. Read them where the forward returns with "
                 "reshard_after_forward=False on the root module, or leave the loss to Hugging Face: "
-                'apply(exclude=("llama.loss",))'
+                f'apply(exclude="{self.family}.loss")'
             )
         self.state.note_read(self.step)
         if weight._version != self.version or self.steps_before not in (None, _optimizer_steps):
@@ -287,4 +288,5 @@ def lazy_logits(model: torch.nn.Module, hidden: torch.Tensor, weight: torch.Tens
     state.step += 1
     if weight.requires_grad:
         _watch_optimizers()
-    return _Connect.apply(hidden, weight, _Head(hidden, weight, state), dtype)
+    config: Any = model.config
+    return _Connect.apply(hidden, weight, _Head(hidden, weight, state, config.model_type), dtype)

@@ -15,8 +15,8 @@ def linear_forward(stock: Callable, tally: Tally) -> Callable:
     """``x W^T + bias + scaling * (dropout(x) A^T) B^T (+ scaling * lora_bias)`` as one op.
 
     Of ``lora.Linear``, ``lora.bnb.Linear4bit`` (the base in bitsandbytes' compute dtype, the result in the input's)
-    and ``lora.gptq.GPTQLoraLinear``. A layer that a patched attention or MLP has inlined does not come here. Subclasses that
-    inherit this forward (torchao's) and calls with PEFT's extra arguments (mixed batches) run stock.
+    and ``lora.gptq.GPTQLoraLinear``. A layer that a patched attention or MLP has inlined does not come here. Subclasses
+    that inherit this forward (torchao's) and calls with PEFT's extra arguments (mixed batches) run stock.
     """
     kind = getattr(sys.modules[stock.__module__], stock.__qualname__.partition(".")[0])
 

@@ -1,0 +1,330 @@
+"""Mistral, whole: the sliding window, grouped heads, head sizes, caches, padding, losses, dtypes, against stock."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from tiny_llama import (
+    FORWARDS,
+    FP32,
+    LAYERS,
+    assert_as_good,
+    assert_same,
+    batch,
+    both,
+    check,
+    distance,
+    fallbacks,
+    hits,
+    layers_of,
+    llama,
+    lora,
+    mistral,
+    oracle,
+    patched,
+    run,
+)
+from transformers import AttentionInterface, DynamicCache
+from transformers.models.mistral import modeling_mistral
+
+from fast_unsloth_patch.errors import FastPatchError
+from fast_unsloth_patch.registry import PATCHES
+
+EVERYTHING = tuple(patch.id for patch in PATCHES)
+LENGTH = 12
+# None, as Mistral-7B from v0.2 on has it; shorter than the rows, as long, and longer, as v0.1 has it.
+WINDOWS = (None, 3, LENGTH, 4096)
+
+
+def padded(side: str) -> dict[str, torch.Tensor]:
+    inputs = batch(rows=3, length=LENGTH)
+    mask = torch.ones_like(inputs["input_ids"])
+    for row, n in enumerate((0, 4, 7)):
+        mask[row, slice(0, n) if side == "left" else slice(LENGTH - n, None)] = 0
+    return {**inputs, "attention_mask": mask, "labels": inputs["labels"].masked_fill(mask == 0, -100)}
+
+
+# ---- the sliding window
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_sliding_window(window, implementation):
+    check(lora(mistral(sliding_window=window, attn_implementation=implementation)), batch(length=LENGTH))
+
+
+def test_the_window_is_seen():
+    model = lora(mistral(sliding_window=3))
+    with patched():
+        narrow = run(model, batch(length=LENGTH))
+        model.config.sliding_window = None
+        wide = run(model, batch(length=LENGTH))
+    assert abs(narrow.loss - wide.loss) > 0.01
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding(side, window, implementation):
+    check(lora(mistral(sliding_window=window, attn_implementation=implementation)), padded(side))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_flex_attention(window):
+    """On a CPU it has no backward: the forward, in training mode, and not compiled."""
+    model = lora(mistral(sliding_window=window, attn_implementation="flex_attention"))
+    before = hits()
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with patched():
+            fast = model(**padded("right"))
+        assert hits()["mistral.decoder_layer"] == before["mistral.decoder_layer"] + LAYERS
+        stock = model(**padded("right"))
+    assert distance(fast.logits, stock.logits) <= FP32 and distance(fast.loss, stock.loss) <= FP32
+
+
+@pytest.mark.parametrize("window", [None, 3, 4096])
+def test_attention_gets_what_stock_gives_it(window):
+    """Window, mask, dropout, scaling and every keyword argument reach the attention function."""
+    seen = []
+
+    def spy(module, query, key, value, mask, **kwargs):
+        seen.append({"shapes": (query.shape, key.shape, value.shape), "mask": mask, "module": module, **kwargs})
+        return modeling_mistral.eager_attention_forward(module, query, key, value, None, **{**kwargs, "dropout": 0.0})
+
+    AttentionInterface.register("fup_mistral_spy", spy)
+    model = lora(mistral(attn_implementation="fup_mistral_spy", attention_dropout=0.25, sliding_window=window))
+    check(model, batch(), custom_argument=7, use_cache=False)
+    fast, stock = seen[:LAYERS], seen[LAYERS:]
+    assert len(fast) == len(stock) == LAYERS
+    for a, b in zip(fast, stock):
+        assert a.keys() == b.keys() and a["sliding_window"] == window and a["custom_argument"] == 7
+        assert all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_dropout_is_stock(implementation):
+    model = lora(mistral(attn_implementation=implementation, attention_dropout=0.3))
+    results = []
+    torch.manual_seed(4)
+    with patched():
+        results.append(run(model, batch()))
+    torch.manual_seed(4)
+    results.append(run(model, batch()))
+    assert_same(*results)
+    model.config.attention_dropout = 0.0
+    for layer in layers_of(model):
+        layer.self_attn.attention_dropout = 0.0
+    assert abs(run(model, batch()).loss - results[0].loss) > 1e-3
+
+
+# ---- shapes, what is trained
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"),
+    [(4, 4, 16), (4, 2, 16), (4, 1, 16), (2, 1, 64), (2, 2, 96), (2, 1, 128), (2, 1, 256)],
+)
+def test_heads(heads, kv_heads, head_dim):
+    model = mistral(num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, num_hidden_layers=1)
+    check(lora(model), batch(), norm=3, attention=1, mlp=1)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": ["down_proj"]},
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 2, "v_proj": 16, "layers.1.mlp.down_proj": 1}},
+        {"lora_bias": True},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+def test_lora(config):
+    check(lora(mistral(), **config), batch())
+
+
+def test_full_fine_tuning():
+    fast, stock, forward, backward = both(mistral(), batch())
+    assert_same(fast, stock)
+    assert len(fast.grads) == 9 * LAYERS + 3
+    counted = {name: n for name, n in forward.items() if n}
+    norms = 2 * LAYERS + 1
+    assert counted == {
+        "mistral.rms_norm": norms,
+        "mistral.attention": LAYERS,
+        "mistral.mlp": LAYERS,
+        "mistral.decoder_layer": LAYERS,
+    }
+    parts = {name: backward[f"mistral.{name}"] for name in ("rms_norm", "attention", "mlp")}
+    assert parts == {"rms_norm": norms, "attention": LAYERS, "mlp": LAYERS}
+
+
+def test_the_families_are_apart():
+    ours = [name for name in FORWARDS if name.startswith("mistral.")]
+    before = hits()
+    with patched(*ours):
+        run(llama(), batch())
+    assert hits() == before
+    with patched(*(name for name in FORWARDS if name.startswith("llama."))):
+        run(mistral(), batch())
+    assert hits() == before
+
+
+def test_it_computes_what_llama_does():
+    """With the same weights and no window: both families run the same code."""
+    model, twin = mistral(sliding_window=None, rms_norm_eps=1e-6), llama(rms_norm_eps=1e-6)
+    twin.load_state_dict(model.state_dict())
+    with patched():
+        assert_same(run(model, batch()), run(twin, batch()), 1e-7)
+
+
+# ---- dtypes
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("base", "adapter"), [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, None)]
+)
+def test_low_precision(base, adapter, autocast):
+    if autocast is None and base is torch.float32:
+        base = torch.float16
+    model = mistral(base, sliding_window=5)
+    if adapter is not None:
+        model = lora(model, adapter_dtype=adapter)
+    inputs = batch(rows=4, length=24)
+    fast, stock, forward, _ = both(model, inputs, autocast=autocast)
+    assert forward["mistral.decoder_layer"] == forward["mistral.attention"] == forward["mistral.mlp"] == LAYERS
+    assert_as_good(fast, stock, oracle(model, inputs))
+
+
+# ---- caches, generation, the loss
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_continuing_a_cache_in_training(window):
+    """Fewer queries than keys; with a window the cache forgets."""
+    model = lora(mistral(sliding_window=window))
+    first, second = batch(), batch(seed=9)
+
+    def step():
+        model.zero_grad()
+        cache = model(input_ids=first["input_ids"], use_cache=True).past_key_values
+        assert type(cache) is DynamicCache
+        loss = model(**second, past_key_values=cache, use_cache=True).loss
+        loss.backward()
+        kept = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+        return [loss.detach(), *kept, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    before = hits()["mistral.attention"]
+    with patched():
+        fast = step()
+    assert hits()["mistral.attention"] == before + 2 * LAYERS
+    stock = step()
+    assert len(fast) == len(stock) and all(distance(a, b) <= FP32 for a, b in zip(fast, stock))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("training", [True, False])
+def test_generate(training, window):
+    """Greedy tokens of a left-padded batch: stock in evaluation, fast where a script forgot ``eval()``."""
+    model = lora(mistral(sliding_window=window)).train(training)
+    ids = batch(rows=2, length=5)["input_ids"]
+    ids[1, :2] = 0
+    arguments = {"input_ids": ids, "attention_mask": (ids != 0).long(), "max_new_tokens": 6, "do_sample": False}
+    before = hits()
+    with torch.no_grad(), patched():
+        fast = model.generate(**arguments)
+    assert (hits() != before) is training and bool(fallbacks("mistral.attention")) is not training
+    assert torch.equal(fast, model.generate(**arguments))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("case", ["plain", "packed", "left", "right", "accumulated", "no labels"])
+def test_every_patch(case, window):
+    """Loss, packing and padding too, as ``apply()`` installs them."""
+    inputs = padded(case) if case in ("left", "right") else batch(rows=2, length=LENGTH)
+    if case == "packed":
+        inputs["position_ids"] = torch.tensor([[*range(5), *range(7)], [*range(8), *range(4)]])
+    if case == "accumulated":
+        inputs["num_items_in_batch"] = torch.tensor(40)
+    model = lora(mistral(sliding_window=window))
+    if case == "no labels":
+        labels = inputs.pop("labels")
+        model.loss = lambda logits: torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    def step():
+        if case != "no labels":
+            return run(model, inputs, keep_logits=case not in ("left", "right"), use_cache=False)
+        model.zero_grad()
+        logits = model(**inputs, use_cache=False).logits
+        loss = model.loss(logits)
+        loss.backward()
+        return [loss, logits, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    before = hits()
+    with patched(*EVERYTHING):
+        fast = step()
+    counted = {name for name, n in hits().items() if n > before[name]}
+    expected = {f"mistral.{name}" for name in ("rms_norm", "attention", "mlp", "decoder_layer")}
+    if case != "no labels":
+        expected.add("mistral.loss")
+    if case in ("packed", "left", "right"):
+        expected.add("mistral.packing")
+    assert counted == expected
+    stock = step()
+    if case == "no labels":
+        assert all(distance(a, b) <= FP32 for a, b in zip(fast, stock, strict=True))
+    else:
+        assert_same(fast, stock)
+
+
+def test_trainer_sees_the_stock_signature():
+    """Otherwise it would drop the columns of the batch, or average accumulated gradients wrongly."""
+    signature = inspect.signature(modeling_mistral.MistralForCausalLM.forward)
+    with patched(*EVERYTHING):
+        assert inspect.signature(modeling_mistral.MistralForCausalLM.forward) == signature
+        assert inspect.signature(mistral().forward).parameters.keys() == signature.parameters.keys() - {"self"}
+
+
+def test_advice_names_the_family():
+    model = mistral()
+    with patched(*EVERYTHING):
+        logits = model(**batch()).logits
+    # As FSDP frees a gathered weight.
+    model.lm_head.weight.untyped_storage().resize_(0)
+    with pytest.raises(FastPatchError, match=r'apply\(exclude="mistral\.loss"\)'):
+        logits.sum()
+
+
+# ---- the GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 7, 4096])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("checkpoint", [None, True, False])
+def test_gpu_fp32(checkpoint, implementation, window):
+    size = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}
+    model = lora(mistral(sliding_window=window, attn_implementation=implementation, **size)).cuda()
+    if checkpoint is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": checkpoint})
+    times = 1 if checkpoint is None else 2
+    counts = {"norm": 2 * LAYERS * times + 1, "attention": LAYERS * times, "mlp": LAYERS * times}
+    check(model, batch(rows=3, length=37), use_cache=False, **counts)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("window", [None, 16])
+def test_gpu_bf16(window, head_dim):
+    size = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": head_dim}
+    model = lora(mistral(torch.bfloat16, sliding_window=window, **size)).cuda()
+    inputs = batch(rows=4, length=64)
+    fast, stock, forward, _ = both(model, inputs)
+    assert forward["mistral.decoder_layer"] == LAYERS
+    assert_as_good(fast, stock, oracle(model, inputs))
