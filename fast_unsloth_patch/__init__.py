@@ -61,8 +61,8 @@ def apply(
         exclude: ids or families to leave stock; default none (``FAST_UNSLOTH_EXCLUDE``).
         strict: import the targets now and raise if one cannot be installed; default False (``FAST_UNSLOTH=strict``).
         recompute: under gradient checkpointing, ``"full"`` (the default): the recompute leaves out what nothing reads;
-            ``"stock"``: it computes everything; ``"auto"``: as full, and layers are kept from being recomputed as far as
-            free GPU memory allows; ``"offload"``: as full, and the layers' inputs wait in host memory
+            ``"stock"``: it computes everything; ``"auto"``: as full, and layers are kept from being recomputed as far
+            as free GPU memory allows; ``"offload"``: as full, and the layers' inputs wait in host memory
             (``FAST_UNSLOTH_RECOMPUTE``).
     Returns:
         The status now.

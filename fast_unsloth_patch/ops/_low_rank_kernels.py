@@ -227,8 +227,7 @@ def _expand_one(
 
 @jit(do_not_specialize=["T"])
 def expand_kernel(
-    u_ptr, m0_ptr, m1_ptr, m2_ptr, bits_ptr, base_ptr, y_ptr, s0, s1, s2,
-    T, base_stride, stride, u_stride, words, width,
+    u_ptr, m0_ptr, m1_ptr, m2_ptr, bits_ptr, y_ptr, s0, s1, s2, T, stride, u_stride, words, width,
     J: tl.constexpr, BY_ROWS: tl.constexpr, MASKED: tl.constexpr, ADD: tl.constexpr,
     R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
     SLOTS0: tl.constexpr, SLOTS1: tl.constexpr, SLOTS2: tl.constexpr,
@@ -255,8 +254,7 @@ def expand_kernel(
     at = y_ptr + rows[:, None].to(tl.int64) * stride + cols[None, :]
     mask = row_mask[:, None] & (cols < width)[None, :]
     if ADD:
-        base_at = base_ptr + rows[:, None].to(tl.int64) * base_stride + cols[None, :]
-        y += tl.load(base_at, mask=mask, other=0.0).to(tl.float32)
+        y += tl.load(at, mask=mask, other=0.0).to(tl.float32)
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 

@@ -243,7 +243,8 @@ def linear_forward(
     """One projection of x [T, K] with its u [T, slots], written into ``out`` [T, N] of ``dtypes.y``.
 
     Args:
-        residual: [T, N] of out's dtype, added to it.
+        residual: [T, N] of out's dtype, added to it: last, or in one rounding with all the rest. Rounded together with
+            the update alone, it would swallow it: B is small, above all in the first steps.
     """
     weight, bias = base_value(op, dtypes.base, forward=True), effective_bias(op, dtypes.base)
     x = x.to(dtypes.base)
@@ -252,8 +253,7 @@ def linear_forward(
         return
     if dtypes.y is dtypes.base:
         if u is not None:
-            add_update(u, op, dtypes.low, out, addend=residual)
-            residual = None
+            add_update(u, op, dtypes.low, out)
         _base_gemm(x, weight, bias, out, accumulate=u is not None)
     else:
         y = torch.empty(out.shape, dtype=dtypes.base, device=out.device)
@@ -318,17 +318,10 @@ def input_gradient(
 
 
 def add_update(
-    u: torch.Tensor,
-    op: Operands,
-    dtype: torch.dtype,
-    y: torch.Tensor,
-    *,
-    add: bool = False,
-    addend: torch.Tensor | None = None,
+    u: torch.Tensor, op: Operands, dtype: torch.dtype, y: torch.Tensor, *, add: bool = False
 ) -> torch.Tensor:
-    """``y (+)= u B^T (+ addend)`` for one adapter, written into y."""
-    b = Siblings((op.b.contiguous(),), (1.0,), by_rows=True)  # type: ignore[union-attr]
-    return expand(u, b, dtype, y, add=add, addend=addend)
+    """``y (+)= u B^T`` for one adapter, written into y."""
+    return expand(u, Siblings((op.b.contiguous(),), (1.0,), by_rows=True), dtype, y, add=add)  # type: ignore[union-attr]
 
 
 def siblings_backward(
@@ -380,7 +373,7 @@ def siblings_backward(
         for i, db in zip(where, dbs):
             grads[i]["b"] = db
         if need_a:
-            for i, da in zip(where, a_gradients(du, kept, low, some, masks, dtypes)):  # type: ignore[arg-type]
+            for i, da in zip(where, a_gradients(du, kept, some, masks, dtypes)):  # type: ignore[arg-type]
                 grads[i]["a"] = da
     for i, op in enumerate(group):
         dy_i = dy[:, starts[i] : starts[i + 1]]
@@ -468,14 +461,14 @@ def down_gradient(dy: torch.Tensor, group: list[Operands], starts: list[int], dt
 
 
 def a_gradients(
-    du: torch.Tensor, kept: Input, low: Low, group: list[Operands], masks: torch.Tensor | None, dtypes: Dtypes
+    du: torch.Tensor, kept: Input, group: list[Operands], masks: torch.Tensor | None, dtypes: Dtypes
 ) -> list[torch.Tensor]:
     """``dA_j = du_j^T dropout(x)``."""
     x, rstd, norm_weight = kept
     assert x is not None  # an adapter that trains reads it
     if rstd is not None:
         du = torch.mul(du, rstd.view(-1, 1), out=torch.empty_like(du))
-    if low.packed is None:
+    if not by_library(x, tuple([op.a.shape[0] for op in group]), masks, dtypes.low):  # type: ignore[union-attr]
         grads = outer(x, du, on_input(group, masks), dtypes.low)
         return grads if norm_weight is None else [da.mul_(norm_weight) for da in grads]
     da = mm_wide(du.t(), x, group[0].a.dtype)  # type: ignore[union-attr]

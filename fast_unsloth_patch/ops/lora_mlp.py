@@ -10,8 +10,8 @@ backward can come) and leaves the hidden activation in dh's place: nothing of th
 dh.
 
 In the recompute of a checkpointed layer whose output nobody reads (``need_output=False``) the forward stops before
-SwiGLU: the hidden activation is formed in backward anyway, and u of ``down`` from it (which is why that u alone is
-not saved).
+SwiGLU: the hidden activation is formed in backward anyway, and u of ``down`` comes from the forward by ``memos``, or
+else from that activation.
 
 SwiGLU is Shazeer, "GLU variants improve transformer" (2020); recomputing the activation in backward instead of saving
 it is common to Liger and others.
@@ -59,6 +59,7 @@ from ._siblings import (
     keep_input,
     linear_forward,
     on_input,
+    output_gradients,
     project_down,
     seed_for,
     siblings_backward,
@@ -246,25 +247,26 @@ class LoraMLP(Function):
 
     @staticmethod
     def forward(ctx, x, residual, *rest):
-        *tensors, values, dtypes, seed, need_output, keep, memo, tally = rest
+        *tensors, values, dtypes, seed, need_output, keep, memos, tally = rest
         gate, up, op_down = operands(tuple(tensors), values)
         group = [gate, up]
         x2d = rows(x, dtypes.base)
         width = gate.weight.shape[0]
         masks = draw_masks(x2d, adapted(group), seed)
-        low = project_down(x2d, group, masks, dtypes.low, memo)
+        low = project_down(x2d, group, masks, dtypes.low, memos[0])
         h = None if keep or not need_output else swiglu_forward(x2d, group, low, dtypes)
         if h is None:
             gu = torch.empty((x2d.shape[0], 2 * width), dtype=dtypes.base, device=x.device)
             updates_left = not siblings_forward(x2d, group, low, gu, dtypes, updates_later=_fused(gu, group))
-        else:  # for the shape of it
-            gu, updates_left = h.new_zeros(()).expand(x2d.shape[0], 2 * width), False
+        else:
+            gu, updates_left = _stand_in(x2d, 2 * width, dtypes.base), False
         masks_down = draw_masks(gu[:, :width], adapted([op_down]), seed, _DOWN_STREAM)
         if need_output:
             if h is None:
                 h = _swiglu_forward(gu, low.u if updates_left else None, group)
             y = torch.empty((*x.shape[:-1], op_down.weight.shape[0]), dtype=dtypes.y, device=x.device)
-            flat, u_down = y.view(x2d.shape[0], y.shape[-1]), project_down(h, [op_down], masks_down, dtypes.low).u
+            flat = y.view(x2d.shape[0], y.shape[-1])
+            u_down = project_down(h, [op_down], masks_down, dtypes.low, memos[1]).u
             joined = residual is not None and residual.dtype is y.dtype
             linear_forward(h, op_down, u_down, dtypes, flat, residual.view(flat.shape) if joined else None)
             if residual is not None and not joined:
@@ -272,10 +274,13 @@ class LoraMLP(Function):
         else:
             dtype = dtypes.y if residual is None else torch.promote_types(dtypes.y, residual.dtype)
             y = torch.zeros((), dtype=dtype, device=x.device).expand(*x.shape[:-1], op_down.weight.shape[0])
+            u_down = _recalled(memos[1], masks_down)
+            if u_down is None and op_down.a is not None:
+                u_down = _stand_in(x2d, rank_slots(op_down.a.shape[0]), dtypes.low)
         # The same tensors whether or not the output was computed: a non-reentrant checkpoint compares forward and
         # recompute.
         kept = keep_input(x, x2d, dtypes, ctx.needs_input_grad[2 : 2 + 2 * TENSORS])
-        ctx.save_for_backward(*kept, *low, masks, gu, masks_down)
+        ctx.save_for_backward(*kept, *low, masks, gu, u_down, masks_down)
         ctx.parameters = Parameters.of(tuple(tensors))
         ctx.values, ctx.dtypes, ctx.tally, ctx.updates_left = values, dtypes, tally, updates_left
         ctx.x_shape, ctx.x_dtype, ctx.residual_dtype = x.shape, x.dtype, None if residual is None else residual.dtype
@@ -286,13 +291,20 @@ class LoraMLP(Function):
     def backward(ctx, dy):
         if ctx.tally is not None:
             ctx.tally.hit_backward()
-        *kept, u, packed, masks, gu, masks_down = ctx.saved_tensors
+        *kept, u, packed, masks, gu, u_down, masks_down = ctx.saved_tensors
         gate, up, op_down = operands(ctx.parameters.unchanged(), ctx.values)
         dtypes, needs = ctx.dtypes, ctx.needs_input_grad
         d_residual = dy.to(ctx.residual_dtype) if needs[1] else None
         with without_autocast(gu):
             dy = rows(dy, dtypes.base)
-            du = None if op_down.a is None else down_gradient(dy, [op_down], [0], dtypes)
+            start = 2 + 2 * TENSORS
+            needs_down = needs[start : start + TENSORS]
+            du, db = None, None
+            # The node is the forward's, what it saved may be the recompute's: only the tensor itself can tell.
+            if op_down.a is not None and needs_down[3] and not _is_stand_in(u_down):
+                du, (db,) = output_gradients(dy, u_down, [op_down], [0], dtypes)
+            elif op_down.a is not None:
+                du = down_gradient(dy, [op_down], [0], dtypes)
             weight, du_left = base_value(op_down, dtypes.base, forward=False), du
             h = input_gradient(dy, [weight], [op_down], du, dtypes) if masks_down is None else None  # dh for now
             if h is not None:
@@ -314,8 +326,7 @@ class LoraMLP(Function):
                 du_left,
                 masks_down if du_left is not None else None,
             )
-            start = 2 + 2 * TENSORS
-            down_grads = _down_backward(dy, h, op_down, du, masks_down, dtypes, needs[start : start + TENSORS])
+            down_grads = _down_backward(dy, h, op_down, du, db, masks_down, dtypes, needs_down)
             del h
             dx, parts = siblings_backward(
                 dgu,
@@ -332,17 +343,30 @@ class LoraMLP(Function):
         return dx, d_residual, *parts[0], *parts[1], *down_grads, None, None, None, None, None, None, None
 
 
-def _down_backward(dy, h, op: Operands, du, masks, dtypes: Dtypes, needs) -> OperandGrads:
-    """Gradients of the down projection's own parameters, from its input h and output gradient dy."""
+def _stand_in(x: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Saved for its shape, [rows of x, width], in place of what nobody will read, or what backward will form itself."""
+    return x.new_full((), float("nan"), dtype=dtype).expand(x.shape[0], width)
+
+
+def _is_stand_in(t: torch.Tensor) -> bool:
+    return t.stride() == (0, 0)
+
+
+def _recalled(memo: Memo | None, masks: torch.Tensor | None) -> torch.Tensor | None:
+    return None if memo is None or memo.low is None or masks is not None else memo.low[0]
+
+
+def _down_backward(dy, h, op: Operands, du, db, masks, dtypes: Dtypes, needs) -> OperandGrads:
+    """Gradients of the down projection's own parameters, from its input h and output gradient dy; dB, if it is not
+    known yet, with u formed again.
+    """
     grads: dict[str, Any] = base_grads(dy, h, op, needs)
     _, _, need_a, need_b, _ = needs
-    if need_a or need_b:
-        low = project_down(h, [op], masks, dtypes.low)
-        if need_a:
-            (grads["a"],) = a_gradients(du, Input(h), low, [op], masks, dtypes)
-        if need_b:
-            (grads["b"],) = b_gradients(dy, low.u, [op], [0], dtypes)
-    return OperandGrads(**grads)
+    if need_a:
+        (grads["a"],) = a_gradients(du, Input(h), [op], masks, dtypes)
+    if need_b and db is None:
+        (db,) = b_gradients(dy, project_down(h, [op], masks, dtypes.low).u, [op], [0], dtypes)
+    return OperandGrads(**grads, b=db)
 
 
 def lora_mlp(
@@ -354,7 +378,7 @@ def lora_mlp(
     residual: torch.Tensor | None = None,
     need_output: bool = True,
     keep: bool = True,
-    memo: Memo | None = None,
+    memos: tuple[Memo | None, Memo | None] = (None, None),
     tally: Any = None,
 ) -> torch.Tensor:
     """``down(silu(gate(x)) * up(x))``, each projection with its own adapter or none, plus ``residual`` if given.
@@ -368,7 +392,8 @@ def lora_mlp(
             then zeros of the right shape and dtype, and everything that backward needs is saved.
         keep: False where nobody will read what this call saves for backward (the forward of a checkpointed region,
             whose recompute saves it again): gate and up need not be written then.
-        memo: carries ``x A^T`` of gate and up from the forward of a checkpointed region to its recompute.
+        memos: carry ``x A^T`` of gate and up, and that of down, from the forward of a checkpointed region to its
+            recompute.
         tally: object with ``hit_backward()``, called once a backward.
 
     Returns:
@@ -391,5 +416,5 @@ def lora_mlp(
         )
     return LoraMLP.apply(
         x, residual, *flatten(gate), *flatten(up), *flatten(down), (factors(gate), factors(up), factors(down)),
-        one_dtype(x, gate, up, down), seed_for(x, gate, up, down), need_output, keep, memo, tally,
+        one_dtype(x, gate, up, down), seed_for(x, gate, up, down), need_output, keep, memos, tally,
     )  # fmt: skip

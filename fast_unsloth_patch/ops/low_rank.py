@@ -310,13 +310,7 @@ def _outer_reference(x, u, siblings, layout, dtype):
 
 
 def expand(
-    u: torch.Tensor,
-    siblings: Siblings,
-    dtype: torch.dtype,
-    y: torch.Tensor,
-    *,
-    add: bool = False,
-    addend: torch.Tensor | None = None,
+    u: torch.Tensor, siblings: Siblings, dtype: torch.dtype, y: torch.Tensor, *, add: bool = False
 ) -> torch.Tensor:
     """``y (+)= sum_j scale_j (u_j M_j) * mask_j``, written into ``y`` [T, N] (rows may be strided).
 
@@ -325,32 +319,29 @@ def expand(
         siblings: matrices [r_j, N], all of one N.
         dtype: compute dtype of the products; the sum is fp32, rounded once to y's dtype.
         add: add to what y holds instead of overwriting it.
-        addend: add to this [T, N] (rows may be strided) instead.
     """
     mats, scales, by_rows, _, masks = siblings
     ranks = _ranks(siblings)
     layout = layout_of(ranks)
     tokens, width = y.shape
-    base = y if add else addend
     if tokens == 0:
         return y
     if use_triton(y) and _too_wide(layout):
         for j, (one, at, n) in enumerate(zip(_singly(siblings), layout.starts, layout.slots)):
-            expand(u[:, at : at + n], one, dtype, y, addend=base if j == 0 else y)
+            expand(u[:, at : at + n], one, dtype, y, add=add or j > 0)
         return y
-    if not _fits_kernels(y, layout) or (base is not None and base.stride(-1) != 1):
-        return _expand_reference(u, siblings, layout, dtype, y, base)
+    if not _fits_kernels(y, layout):
+        return _expand_reference(u, siblings, layout, dtype, y, add)
     masked = masks is not None
     block_t, block_n = (64 if tokens >= 2048 else 32), 128
     if dtype is torch.float32:  # larger blocks spill
         block_t, block_n = 32, 64
     args = (
-        u, *_three(mats, mats[0]), masks if masks is not None else y, y if base is None else base, y,
-        *_three(scales, 0.0), tokens, 0 if base is None else base.stride(0), y.stride(0), u.stride(0),
-        masks.shape[2] if masks is not None else 0, width,
+        u, *_three(mats, mats[0]), masks if masks is not None else y, y, *_three(scales, 0.0), tokens,
+        y.stride(0), u.stride(0), masks.shape[2] if masks is not None else 0, width,
     )  # fmt: skip
     consts = (
-        len(mats), by_rows, masked, base is not None, *_three(ranks, 0), *_three(layout.slots, 16),
+        len(mats), by_rows, masked, add, *_three(ranks, 0), *_three(layout.slots, 16),
         precision(dtype), block_t, block_n,
     )  # fmt: skip
     grid = (_ceil(tokens, block_t), _ceil(width, block_n))
@@ -358,8 +349,8 @@ def expand(
     return y
 
 
-def _expand_reference(u, siblings, layout, dtype, y, base):
-    total = 0.0 if base is None else widened(base)
+def _expand_reference(u, siblings, layout, dtype, y, add):
+    total = widened(y) if add else 0.0
     for j, (m, scale, at) in enumerate(zip(siblings.mats, siblings.scales, layout.starts)):
         m = m.to(dtype).t() if siblings.by_rows else m.to(dtype)
         part = widened(torch.mm(u[:, at : at + m.shape[0]].to(dtype), m)) * scale
