@@ -300,11 +300,12 @@ class TestAuto:
         assert "all layers recomputed on cpu: first optimizer step" in checkpointing.describe()
 
     def test_stops_with_the_policy(self, training, use_reentrant):
-        run = training(Memory(1 << 40), use_reentrant=use_reentrant)
         hooks = sys.modules["torch.optim.optimizer"]._global_optimizer_post_hooks
-        assert [run.step(12) for _ in range(3)][-1] == MANY and len(hooks) == 1
+        run = training(Memory(1 << 40), use_reentrant=use_reentrant)
+        assert [run.step(12) for _ in range(3)][-1] == MANY
+        before = len(hooks)  # others have hooks too: the lazy logits
         checkpointing.set_policy("full")
-        assert run.step(12) == 0 and len(hooks) == 0 and checkpointing.describe() == ""
+        assert run.step(12) == 0 and len(hooks) == before - 1 and checkpointing.describe() == ""
 
     def test_policy_changed_between_forward_and_backward(self, training, use_reentrant):
         run = training(Memory(1 << 40), use_reentrant=use_reentrant)
