@@ -85,7 +85,7 @@ def gemm_oracle(p):
 
 
 def swiglu_oracle(p):
-    gate, up = forward_oracle(p, 0), forward_oracle(p, 1)
+    gate, up = (forward_oracle(p, j).to(p.x.dtype).double() for j in range(2))
     return gate / (1 + torch.exp(-gate)) * up
 
 
@@ -192,6 +192,16 @@ def test_writes_out_and_nothing_beside_it(op, device):
     assert torch.equal(out, want)
     out.fill_(7.0)
     assert torch.equal(around, torch.full_like(around, 7.0))
+
+
+@GPU
+def test_swiglu_has_the_bits_of_its_parts():
+    """What is kept and what is recomputed must not differ: `gemm`, then SwiGLU's own kernel."""
+    from fast_unsloth_patch.ops.lora_mlp import _swiglu_forward
+
+    p = problem(2500, 1024, (2816, 2816), (16, 16), BF16, "cuda")
+    gu = gemm(p.x, p.weights, update=p.forward)
+    assert torch.equal(gemm_swiglu(p.x, *p.weights, update=p.forward), _swiglu_forward(gu, None, [None, None]))
 
 
 @pytest.mark.parametrize("device", DEVICES)

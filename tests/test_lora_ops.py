@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from fast_unsloth_patch.ops import _siblings, gemm
+from fast_unsloth_patch.ops import _siblings, down_outer, gemm
 from fast_unsloth_patch.ops._operands import adapted, factors, flatten, operands
 from fast_unsloth_patch.ops._siblings import draw_masks
 from fast_unsloth_patch.ops.dropout import draw_seed, dropout_bits
@@ -377,29 +377,33 @@ def test_an_input_that_backward_does_not_read_is_not_kept():
 @pytest.mark.parametrize("op", ["linear", "qkv", "mlp", "mlp, nothing kept"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_through_the_persistent_gemm(device, op, monkeypatch):
-    """Where it runs it takes every large product, with the updates: forward, dx, and the MLP's hidden activation."""
+    """Where it runs it takes every large product, with the updates: forward, dx, and the MLP's hidden activation. So
+    does the one pass over dy.
+    """
     if device == "cpu" and not INTERPRETED:
         pytest.skip("a GPU's")
     dtype, tokens, n, small = (torch.float32, 6, 64, 32) if INTERPRETED else (torch.bfloat16, 2048, 1024, 256)
     if INTERPRETED:
         monkeypatch.setattr(gemm, "MIN_TOKENS", 1)
+        monkeypatch.setattr(_siblings, "LIBRARY_TOKENS", 1)
         for name in ("FORWARD", "SWIGLU", "BACKWARD"):
             monkeypatch.setattr(gemm, name, gemm.Tile(16, 32, 16, 2, 4, 2))
     elif torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("of compute capability 9.0")
     called = []
-    for name in ("gemm", "gemm_swiglu", "gemm_dx"):
-        real = getattr(gemm, name)
-        monkeypatch.setattr(gemm, name, lambda *a, real=real, name=name, **k: (called.append(name), real(*a, **k))[1])
+    for module, name in ((gemm, "gemm"), (gemm, "gemm_swiglu"), (gemm, "gemm_dx"), (down_outer, "down_outer")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, real=real, name=name, **k: (called.append(name), real(*a, **k))[1])
     make = lambda n, k, r=8, **kw: projection(n, k, r, device=device, dtype=dtype, train=False, **kw)  # noqa: E731
     x = tensor(2, tokens // 2, n, device=device, dtype=dtype)
     x64 = x.detach().double().requires_grad_()
     cos, sin = (torch.randn(1, tokens // 2, 16, device=device) for _ in range(2))
     if op == "linear":
-        projections, expected = [make(small, n)], ["gemm", "gemm_dx"]
+        projections, expected = [make(small, n)], ["gemm", "down_outer", "gemm_dx"]
         fast, ref = lora_linear, lora_linear_ref
     elif op == "qkv":
-        projections, expected = [make(n, n), make(small, n, 0), make(small, n, scaling=0.5)], ["gemm", "gemm_dx"]
+        projections = [make(n, n), make(small, n, 0), make(small, n, scaling=0.5)]
+        expected = ["gemm", "down_outer", "gemm_dx"]
         fast = lambda x, *p: lora_qkv(x, *p, cos, sin, 16)  # noqa: E731
         ref = lambda x, *p: lora_qkv_ref(x, *p, cos.double(), sin.double(), 16)  # noqa: E731
     else:
@@ -408,7 +412,7 @@ def test_through_the_persistent_gemm(device, op, monkeypatch):
         kept = op == "mlp"
         fast = lambda x, *p: lora_mlp(x, *p, residual=residual, keep=kept)  # noqa: E731
         ref = lambda x, *p: lora_mlp_ref(x, *p) + residual.double()  # noqa: E731
-        expected = ["gemm", "gemm", "gemm_dx", "gemm_dx"] if kept else ["gemm_swiglu", "gemm"]
+        expected = ["gemm", "gemm", *["down_outer", "gemm_dx"] * 2] if kept else ["gemm_swiglu", "gemm"]
     exact = [in_float64(p) for p in projections]
     tolerance = tolerance_of(dtype, None)
     if op == "mlp, nothing kept":

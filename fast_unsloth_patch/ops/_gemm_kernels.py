@@ -129,6 +129,8 @@ def gemm_swiglu_kernel(
             gate = _add_update(gate, u_ptr, b0_ptr, m, n, T, N, u_stride, U0, R0, 1, R0, SLOTS, BLOCK_M, BLOCK_N)
         if R1:
             up = _add_update(up, u_ptr, b1_ptr, m, n, T, N, u_stride, U1, R1, 1, R1, SLOTS, BLOCK_M, BLOCK_N)
+        # Rounded as where they are written and read: a layer that is recomputed or kept has the same bits.
+        gate, up = gate.to(h_desc.dtype).to(tl.float32), up.to(h_desc.dtype).to(tl.float32)
         h_desc.store([m, n], (gate * tl.sigmoid(gate) * up).to(h_desc.dtype))
 
 

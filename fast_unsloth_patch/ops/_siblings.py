@@ -414,10 +414,9 @@ def _columns_of(dy: torch.Tensor, group: list[Operands], starts: list[int]) -> l
 def output_gradients(
     dy: torch.Tensor, u: torch.Tensor | None, group: list[Operands], starts: list[int], dtypes: Dtypes
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """``du_j = s_j dy_j B_j`` and ``dB_j = dy_j^T u_j``: one pass over dy where it is so wide that this pays."""
+    """``du_j = s_j dy_j B_j`` and ``dB_j = dy_j^T u_j``, in one pass over dy where a kernel does that."""
     on_dy = _on_dy(group, starts)
-    wide = dy.shape[1] > _WIDE and dy.shape[0] >= LIBRARY_TOKENS
-    if wide and dtypes.x is dtypes.low and down_outer.covers(dy, on_dy, dtypes.low):
+    if dy.shape[0] >= LIBRARY_TOKENS and dtypes.x is dtypes.low and down_outer.covers(dy, on_dy, dtypes.low):
         return down_outer.down_outer(dy, u, on_dy, dtypes.low)  # type: ignore[arg-type]
     return down_gradient(dy, group, starts, dtypes), b_gradients(dy, u, group, starts, dtypes)
 

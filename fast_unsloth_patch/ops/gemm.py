@@ -254,7 +254,8 @@ def gemm_swiglu(
         tile: another tile than the measured one (tests, benchmarks).
 
     Returns:
-        [T, N] in x's dtype, computed in fp32 and rounded once. On a CPU the reference runs, in any dtype.
+        [T, N] in x's dtype; gate and up are rounded to it too, as if they had been written. On a CPU the reference
+        runs, in any dtype.
 
     Raises:
         ValueError: shapes that do not fit; on a GPU, operands that `covers` refuses.

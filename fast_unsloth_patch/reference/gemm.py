@@ -58,8 +58,8 @@ def gemm_ref(
 
 
 def gemm_swiglu_ref(x: Tensor, gate: Tensor, up: Tensor, *, update: Update | None = None) -> Tensor:
-    """``silu(x Wg^T + ug Bg^T) * (x Wu^T + uu Bu^T)`` [T, N]."""
-    left, right = _forward(x, (gate, up), update)
+    """``silu(x Wg^T + ug Bg^T) * (x Wu^T + uu Bu^T)`` [T, N], from factors rounded to x's dtype."""
+    left, right = (_wide(t.to(x.dtype)) for t in _forward(x, (gate, up), update))
     return (F.silu(left) * right).to(x.dtype)
 
 
