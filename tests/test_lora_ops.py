@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from fast_unsloth_patch.ops import _siblings, down_outer, gemm
+from fast_unsloth_patch.ops import _siblings, _siblings_backward, down_outer, gemm
 from fast_unsloth_patch.ops._operands import adapted, factors, flatten, operands
 from fast_unsloth_patch.ops._siblings import draw_masks
 from fast_unsloth_patch.ops.dropout import draw_seed, dropout_bits
@@ -385,7 +385,7 @@ def test_through_the_persistent_gemm(device, op, monkeypatch):
     dtype, tokens, n, small = (torch.float32, 6, 64, 32) if INTERPRETED else (torch.bfloat16, 2048, 1024, 256)
     if INTERPRETED:
         monkeypatch.setattr(gemm, "MIN_TOKENS", 1)
-        monkeypatch.setattr(_siblings, "LIBRARY_TOKENS", 1)
+        monkeypatch.setattr(_siblings_backward, "LIBRARY_TOKENS", 1)
         for name in ("FORWARD", "SWIGLU", "BACKWARD"):
             monkeypatch.setattr(gemm, name, gemm.Tile(16, 32, 16, 2, 4, 2))
     elif torch.cuda.get_device_capability() != (9, 0):

@@ -30,17 +30,8 @@ from ._operands import (
     rows,
     without_autocast,
 )
-from ._siblings import (
-    Input,
-    Low,
-    Memo,
-    draw_masks,
-    keep_input,
-    linear_forward,
-    project_down,
-    seed_for,
-    siblings_backward,
-)
+from ._siblings import Input, Low, Memo, draw_masks, keep_input, linear_forward, project_down, seed_for
+from ._siblings_backward import siblings_backward
 
 __all__ = ["Adapter", "LoraLinear", "Projection", "lora_linear"]
 

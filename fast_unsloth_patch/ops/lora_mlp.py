@@ -49,22 +49,24 @@ from ._siblings import (
     Input,
     Low,
     Memo,
+    base_value,
+    draw_masks,
+    keep_input,
+    linear_forward,
+    project_down,
+    seed_for,
+    siblings_forward,
+    swiglu_forward,
+)
+from ._siblings_backward import (
     a_gradients,
     b_gradients,
     base_grads,
-    base_value,
     down_gradient,
-    draw_masks,
     input_gradient,
-    keep_input,
-    linear_forward,
     on_input,
     output_gradients,
-    project_down,
-    seed_for,
     siblings_backward,
-    siblings_forward,
-    swiglu_forward,
 )
 from .low_rank import expand, precision, rank_slots, widened
 

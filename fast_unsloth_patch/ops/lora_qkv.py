@@ -35,17 +35,8 @@ from ._operands import (
     rows,
     without_autocast,
 )
-from ._siblings import (
-    Input,
-    Low,
-    Memo,
-    draw_masks,
-    keep_input,
-    project_down,
-    seed_for,
-    siblings_backward,
-    siblings_forward,
-)
+from ._siblings import Input, Low, Memo, draw_masks, keep_input, project_down, seed_for, siblings_forward
+from ._siblings_backward import siblings_backward
 from .low_rank import layout_of, precision, rank_slots, widened
 from .rope import rope
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as _nn_module
 from transformers.loss import loss_utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -42,17 +41,7 @@ def _head_reason(head: Any) -> str | None:
         return "lm_head is not nn.Linear"
     if head.bias is not None:
         return "lm_head has a bias"
-    if (
-        head._forward_hooks
-        or head._forward_pre_hooks
-        or head._backward_hooks
-        or head._backward_pre_hooks
-        or "forward" in head.__dict__
-        or _nn_module._global_forward_hooks
-        or _nn_module._global_forward_pre_hooks
-        or _nn_module._global_backward_hooks
-        or _nn_module._global_backward_pre_hooks
-    ):
+    if guards.hooked(head) or guards.hooked_globally():
         return "hooks on lm_head"
     # A parameter, or what FSDP1 and flattening libraries put in its place. DTensor and quantised weights are neither.
     if type(head.weight) not in (nn.Parameter, torch.Tensor) or head.weight.dim() != 2:
