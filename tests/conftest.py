@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -96,3 +97,11 @@ def poisoned_empty(monkeypatch):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
     for name in ("new_empty", "new_empty_strided"):
         monkeypatch.setattr(torch.Tensor, name, poison(getattr(torch.Tensor, name)))
+
+
+def written_by_ranks(script, folder, ranks=2):
+    """Runs ``script``, which is its two ranks (gloo, CPU): what each wrote to its file, by case; the end of stderr."""
+    done = run_python(None, {"CUDA_VISIBLE_DEVICES": "", "FAST_UNSLOTH_LOG": "0"}, 300, [script, folder])
+    files = [folder / f"rank{rank}" for rank in range(ranks)]
+    written = [dict(map(json.loads, file.read_text().splitlines())) if file.exists() else {} for file in files]
+    return written, done.stderr[-3000:]

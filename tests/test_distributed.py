@@ -21,9 +21,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_llama import FP32, LAYERS, batch, causal_lm, distance, lora
+from tiny_llama import FP32, HOOKS_OUTSIDE, LAYERS, batch, causal_lm, distance, lora
 from torch import distributed as dist
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 
@@ -34,8 +33,6 @@ STEPS = 2
 PROJECTIONS = 7
 # Gradient checkpointing: transformers' own, or torch's module wrapper, with which accelerate's FSDP plugin does it.
 NONE, NON_REENTRANT, REENTRANT, WRAPPER = "no checkpoints", "non-reentrant", "reentrant", "checkpoint wrapper"
-# From 5.23 on transformers checkpoints a layer's forward, before that the call of the layer with its hooks.
-HOOKS_OUTSIDE = "__init_subclass__" in vars(GradientCheckpointingLayer)
 LAYER = {"llama": LlamaDecoderLayer, "mistral": MistralDecoderLayer}
 
 
@@ -254,14 +251,9 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each rank wrote, by case; and the end of stderr for cases that are missing."""
-    from conftest import run_python
+    from conftest import written_by_ranks
 
-    folder = tmp_path_factory.mktemp("ranks")
-    env = {"CUDA_VISIBLE_DEVICES": "", "FAST_UNSLOTH_LOG": "0"}
-    done = run_python(None, env, 300, [__file__, folder])
-    files = [folder / f"rank{rank}" for rank in range(RANKS)]
-    written = [dict(map(json.loads, file.read_text().splitlines())) if file.exists() else {} for file in files]
-    return written, done.stderr[-3000:]
+    return written_by_ranks(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 def expected(case: Case) -> dict[str, int]:

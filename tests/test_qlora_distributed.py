@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from quantised_llama import BF16, F32, adapted, load_4bit
-from test_distributed import HOOKS_OUTSIDE, RANKS, STEPS, counts
-from tiny_llama import FP32, LAYERS, batch, distance, llama
+from test_distributed import RANKS, STEPS, counts
+from tiny_llama import FP32, HOOKS_OUTSIDE, LAYERS, batch, distance, llama
 from torch import distributed as dist
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -99,13 +99,9 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     pytest.importorskip("bitsandbytes")
-    from conftest import run_python
+    from conftest import written_by_ranks
 
-    folder = tmp_path_factory.mktemp("ranks")
-    done = run_python(None, {"CUDA_VISIBLE_DEVICES": "", "FAST_UNSLOTH_LOG": "0"}, 300, [__file__, folder])
-    files = [folder / f"rank{rank}" for rank in range(RANKS)]
-    written = [dict(map(json.loads, file.read_text().splitlines())) if file.exists() else {} for file in files]
-    return written, done.stderr[-3000:]
+    return written_by_ranks(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", CASES)

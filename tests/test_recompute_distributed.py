@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_llama import batch, llama, lora
+from tiny_llama import HOOKS_OUTSIDE, batch, llama, lora
 from torch import distributed as dist
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -22,8 +22,6 @@ import fast_unsloth_patch
 from fast_unsloth_patch.patches import budget, checkpointing
 from fast_unsloth_patch.status import tally
 
-# From 5.23 on transformers checkpoints a layer's forward; before it, its __call__ with FSDP2's hooks.
-HOOKS_OUTSIDE = "__init_subclass__" in LlamaDecoderLayer.__mro__[1].__dict__
 RANKS = 2
 MANY = 4
 STEPS = 6
@@ -108,12 +106,9 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    from conftest import run_python
+    from conftest import written_by_ranks
 
-    folder = tmp_path_factory.mktemp("ranks")
-    done = run_python(None, {"CUDA_VISIBLE_DEVICES": "", "FAST_UNSLOTH_LOG": "0"}, 300, [__file__, folder])
-    files = [folder / f"rank{rank}" for rank in range(RANKS)]
-    return [dict(map(json.loads, f.read_text().splitlines())) if f.exists() else {} for f in files], done.stderr[-3000:]
+    return written_by_ranks(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize(("wrapper", "use_reentrant"), CASES)

@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fast_unsloth_patch.install import is_absent, put
 from fast_unsloth_patch.registry import MISSING, PATCHES
@@ -25,6 +26,8 @@ FORWARDS = (*(f"{family}.{name}" for family in FAMILIES for name in _OF_A_FAMILY
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Decoder layers of a tiny model.
 LAYERS = 2
+# From 5.23 on transformers checkpoints a layer's forward, before that the call of the layer with its hooks.
+HOOKS_OUTSIDE = "__init_subclass__" in vars(GradientCheckpointingLayer)
 # Relative to stock in float32: the fidelity contract.
 FP32 = 1e-5
 

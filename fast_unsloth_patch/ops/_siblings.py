@@ -171,9 +171,11 @@ def effective_bias(op: Operands, dtype: torch.dtype) -> torch.Tensor | None:
     return (bias if op.bias is None else op.bias + bias).to(dtype)
 
 
-def base_values(
-    group: list[Operands], dtype: torch.dtype, *, forward: bool
-) -> tuple[Sequence[torch.Tensor], torch.Tensor | None]:
+# Each base weight, and all one under another where packed ones were unpacked.
+Values = tuple[Sequence[torch.Tensor], torch.Tensor | None]
+
+
+def base_values(group: list[Operands], dtype: torch.dtype, *, forward: bool) -> Values:
     """The base weights' values in ``dtype``: each [N, K], and all one under another where packed ones were unpacked.
 
     Nobody keeps them: the forward's are gone when it has ended, backward unpacks anew.
@@ -260,18 +262,26 @@ def linear_forward(
 
 
 def siblings_forward(
-    x: torch.Tensor, group: list[Operands], low: Low, y: torch.Tensor, dtypes: Dtypes, *, updates_later: bool
+    x: torch.Tensor,
+    group: list[Operands],
+    values: Values,
+    low: Low,
+    y: torch.Tensor,
+    dtypes: Dtypes,
+    *,
+    updates_later: bool,
 ) -> bool:
     """All projections of x [T, K] side by side into y [T, sum of N].
 
     Args:
+        values: `base_values` of the group.
         updates_later: the caller's next kernel can add the updates; then they may be left out.
 
     Returns:
         Whether the updates are in y.
     """
     place, start, at = layout(group), 0, 0
-    weights, stacked = base_values(group, dtypes.base, forward=True)
+    weights, stacked = values
     if low.u is not None and takes_gemm(x, weights, group, dtypes):
         gemm.gemm(x, weights, update=update_of(low.u, group, [op.b for op in group]), out=y)
         return True
@@ -291,14 +301,14 @@ def siblings_forward(
     return not updates_later
 
 
-def swiglu_forward(x: torch.Tensor, group: list[Operands], low: Low, dtypes: Dtypes) -> torch.Tensor | None:
+def swiglu_forward(
+    x: torch.Tensor, group: list[Operands], values: Values, low: Low, dtypes: Dtypes
+) -> torch.Tensor | None:
     """``silu(gate) * up`` [T, I] of the siblings gate and up, neither of which is written; None where no kernel does
     that.
     """
-    if low.u is None or x.shape[0] < gemm.MIN_TOKENS:
-        return None
-    weights, _ = base_values(group, dtypes.base, forward=True)
-    if not takes_gemm(x, weights, group, dtypes):
+    weights, _ = values
+    if low.u is None or not takes_gemm(x, weights, group, dtypes):
         return None
     return gemm.gemm_swiglu(x, *weights, update=update_of(low.u, group, [op.b for op in group]))
 

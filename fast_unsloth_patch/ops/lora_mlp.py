@@ -50,6 +50,7 @@ from ._siblings import (
     Low,
     Memo,
     base_value,
+    base_values,
     draw_masks,
     keep_input,
     linear_forward,
@@ -256,12 +257,14 @@ class LoraMLP(Function):
         width = gate.weight.shape[0]
         masks = draw_masks(x2d, adapted(group), seed)
         low = project_down(x2d, group, masks, dtypes.low, memos[0])
-        h = None if keep or not need_output else swiglu_forward(x2d, group, low, dtypes)
+        weights = base_values(group, dtypes.base, forward=True)
+        h = None if keep or not need_output else swiglu_forward(x2d, group, weights, low, dtypes)
         if h is None:
             gu = torch.empty((x2d.shape[0], 2 * width), dtype=dtypes.base, device=x.device)
-            updates_left = not siblings_forward(x2d, group, low, gu, dtypes, updates_later=_fused(gu, group))
+            updates_left = not siblings_forward(x2d, group, weights, low, gu, dtypes, updates_later=_fused(gu, group))
         else:
             gu, updates_left = _stand_in(x2d, 2 * width, dtypes.base), False
+        del weights  # unpacked ones are large
         masks_down = draw_masks(gu[:, :width], adapted([op_down]), seed, _DOWN_STREAM)
         if need_output:
             if h is None:

@@ -35,7 +35,7 @@ from ._operands import (
     rows,
     without_autocast,
 )
-from ._siblings import Input, Low, Memo, draw_masks, keep_input, project_down, seed_for, siblings_forward
+from ._siblings import Input, Low, Memo, base_values, draw_masks, keep_input, project_down, seed_for, siblings_forward
 from ._siblings_backward import siblings_backward
 from .low_rank import layout_of, precision, rank_slots, widened
 from .rope import rope
@@ -259,7 +259,9 @@ class LoraQKV(Function):
         kernel = use_triton(y) and y.numel() > 0
         ranks = _fused_ranks(group)
         fused = kernel and all(rank_slots(r) <= _MAX_FUSED_SLOTS for r in ranks)
-        fused = not siblings_forward(x2d, group, low, y, dtypes, updates_later=fused)
+        weights = base_values(group, dtypes.base, forward=True)
+        fused = not siblings_forward(x2d, group, weights, low, y, dtypes, updates_later=fused)
+        del weights  # unpacked ones are large
         if kernel:
             _add_and_rotate(
                 y,
