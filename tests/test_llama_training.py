@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -28,9 +29,12 @@ from tiny_llama import (
     run,
 )
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from fast_unsloth_patch import switch
+from fast_unsloth_patch.ops import gemm
+from fast_unsloth_patch.ops._siblings import update_of
 from fast_unsloth_patch.patches import checkpointing
 
 # ---- checkpointing, accumulation, wrappers
@@ -60,6 +64,62 @@ def test_checkpointing_draws_the_same_masks_again(reentrant):
         torch.manual_seed(11)
         recomputed = run(model, batch(), use_cache=False)
     assert_same(recomputed, plain)
+
+
+class _KeepsAll:
+    """A policy that keeps every layer, as ``recompute="auto"`` does where memory is free."""
+
+    def run(self, region, args):
+        region.keeps = True
+        return region(*args)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize(
+    "case", ["checkpointed", "inside another", "hooked", "kept", "not checkpointed", "stock policy", "context_fn"]
+)
+def test_gate_and_up_are_left_out_only_where_nobody_reads_them(case, reentrant, monkeypatch):
+    """The forward of a region saves stand-ins of NaN for them, where a kernel forms h without them (here on a CPU)."""
+    if case == "context_fn" and reentrant:
+        pytest.skip("torch's reentrant checkpoint takes none")
+    calls = []
+
+    def without(x, group, values, low, dtypes):
+        calls.append(checkpointing.recomputing())
+        factors = None if low.u is None else update_of(low.u, group, [op.b for op in group])
+        return gemm.gemm_swiglu(x, *values[0], update=factors)
+
+    def step(model):
+        """Loss and gradients, one checkpoint round the whole model besides if the case says so."""
+        model.zero_grad()
+        base, ids = model.get_base_model(), batch()["input_ids"]
+        stack = lambda x: base.model(inputs_embeds=x, use_cache=False).last_hidden_state  # noqa: E731
+        x = base.model.embed_tokens(ids).detach().requires_grad_()
+        hidden = checkpoint(stack, x, use_reentrant=reentrant) if case == "inside another" else stack(x)
+        base.lm_head(hidden).square().mean().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    model = lora(llama())
+    stock = step(model)
+    if case != "not checkpointed":
+        options = {"use_reentrant": reentrant}
+        if case == "context_fn":
+            options["context_fn"] = lambda: (nullcontext(), nullcontext())
+        model.gradient_checkpointing_enable(options)
+    monkeypatch.setattr("fast_unsloth_patch.ops.lora_mlp.swiglu_forward", without)
+    if case == "kept":
+        monkeypatch.setattr(checkpointing, "_runner", _KeepsAll())
+    if case == "hooked":  # then the recompute computes all that the forward does
+        for layer in layers_of(model):
+            layer.mlp.register_forward_hook(lambda *_: None)
+    if case == "stock policy":
+        monkeypatch.setattr(checkpointing, "_policy", "stock")
+    with patched():
+        fast = step(model)
+    far = {name: distance(fast[name], stock[name]) for name in stock}
+    assert fast.keys() == stock.keys() and max(far.values()) <= FP32, far
+    # In the outer checkpoint's recompute a layer's region is a new one, which is called and recomputed once more.
+    assert calls == [False] * {"checkpointed": LAYERS, "hooked": LAYERS, "inside another": 2 * LAYERS}.get(case, 0)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
