@@ -9,7 +9,9 @@ recompute of each layer under checkpointing. No norm, no LoRA, no element-wise p
 no dW; `--mode full` adds them. Real work can go below: the recompute does not need the layer's last GEMM (printed too).
 With packed base weights (`--mode qlora`, `gptq`) the floor is that of LoRA; what their dequantisation moves, at the
 speed of a copy, is told beside it, since a kernel that multiplies by packed weights need not do it. Of packed or padded
-rows: the tokens that are no padding, attention inside each document only.
+rows: the tokens that are no padding, attention inside each document only. Of a mixture of experts: the products of each
+expert's rows, one after the other or as PyTorch's grouped product, with the load that the newest run of the case in the
+results file had (a few of its layers), else with an even one. Neither routing nor sorting is counted.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import experts
 import quantised
 import records
 import report
@@ -33,6 +36,8 @@ from batches import documents
 from shapes import MODES, SHAPES, Case, Shape, read_plan
 
 Call = Callable[[], Any]
+# Layers of a mixture whose products are measured: a load takes seconds, and the mean of a few is that of all.
+LAYERS = 4
 
 
 class Part(NamedTuple):
@@ -129,6 +134,43 @@ class Gemms:
             torch.backends.cuda.preferred_blas_library(usual)
         self._known[key] = min(found)
         return self._known[key]
+
+    def grouped(self, load: list[int], k: int, n: int, layout: str) -> tuple[float, str]:
+        """Products of each expert's rows, so many as `load` says, with its own weight [n, k]. See `best`."""
+        import torch
+
+        def random(*size: int) -> Any:
+            return torch.randn(size, device=self.device, dtype=torch.bfloat16)
+
+        x, dy, w = random(sum(load), k), random(sum(load), n), random(len(load), n, k)
+        left, right, size = {
+            "nt": (x.split(load), w.mT, dy.shape), "nn": (dy.split(load), w, x.shape),
+            "tn": ([part.t() for part in dy.split(load)], x.split(load), w.shape),
+        }[layout]  # fmt: skip
+        out = torch.empty(size, device=self.device, dtype=torch.bfloat16)
+        outs = out if layout == "tn" else out.split(load)
+
+        def one_by_one() -> None:
+            for a, b, c in zip(left, right, outs):
+                torch.mm(a, b, out=c)
+
+        # one set of operands: the weights of all experts do not fit in the cache
+        if self.device == "cpu":
+            return time_ms([one_by_one], self.device), "cpu"
+        usual = torch.backends.cuda.preferred_blas_library()
+        found = []
+        for library in ("cublas", "cublaslt"):
+            torch.backends.cuda.preferred_blas_library(library)
+            found.append((time_ms([one_by_one], self.device), f"{library}, one by one"))
+        torch.backends.cuda.preferred_blas_library(usual)
+        ends = torch.tensor(list(itertools.accumulate(load)), dtype=torch.int32, device=self.device)
+        operands = {"nt": (x, w.mT), "nn": (dy, w), "tn": (dy.t(), x)}[layout]
+        grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
+        try:
+            found.append((time_ms([partial(grouped_mm, *operands, offs=ends)], self.device), "grouped_mm"))
+        except RuntimeError as error:  # it does not take this case
+            print(f"  grouped_mm: {str(error).splitlines()[0]}", file=sys.stderr)
+        return min(found)
 
     def siblings(self, t: int, k: int, widths: list[int], layout: str) -> tuple[float, str]:
         """Projections of one input [t, k] to `widths`: stacked into one GEMM or apart, whichever is faster."""
@@ -245,8 +287,42 @@ def attention_flops(shape: Shape, sizes: list[int]) -> float:
     return 4.0 * shape.heads * shape.head_dim * sum(map(pairs, sizes))
 
 
-def measure(case: Case, gemms: Gemms) -> list[Part]:
-    """All parts of a step of `case`."""
+def expert_loads(case: Case, rows: list[records.Row]) -> tuple[list[list[int]], str]:
+    """Rows of each expert in some layers of a mixture, and where that is from.
+
+    `rows` are those of a results file; a load of other tokens, as with padding left in, is none of this case.
+    """
+    shape, title = SHAPES[case.model], report.floor_title(case)
+    pairs = sum(documents(case)) * shape.experts_per_token
+    for row in reversed(rows):
+        loads = row.get("expert_load")
+        if loads and report.floor_title(records.case_of(row)) == title and {sum(load) for load in loads} == {pairs}:
+            some = loads[:: max(1, len(loads) // LAYERS)][:LAYERS]
+            return some, f"the load of {row['label']} in run {row['run']}, {len(some)} of {len(loads)} layers"
+    return [experts.pairs_even(pairs, shape.experts)], "an even load"
+
+
+def _expert_parts(case: Case, gemms: Gemms, loads: list[list[int]]) -> list[Part]:
+    """The large products of a mixture's experts; the time of one is the mean over layers."""
+    shape = SHAPES[case.model]
+    layers = case.layers or shape.layers
+    ways = {"forward": ("nt", (2 if case.checkpointing else 1) * layers), "dX": ("nn", layers)}
+    if case.mode == "full":
+        ways["dW"] = ("tn", layers)
+    parts = []
+    for name, k, n in (
+        ("gate_up", shape.hidden, 2 * shape.intermediate), ("down", shape.intermediate, shape.hidden),
+    ):  # fmt: skip
+        for way, (layout, calls) in ways.items():
+            found = [gemms.grouped(load, k, n, layout) for load in loads]
+            ms = sum(one for one, _ in found) / len(found)
+            best = " and ".join(sorted({what for _, what in found}))
+            parts.append(Part(f"{name} {way}", calls, ms, 2.0 * sum(loads[0]) * k * n, best))
+    return parts
+
+
+def measure(case: Case, gemms: Gemms, loads: list[list[int]] | None = None) -> list[Part]:
+    """All parts of a step of `case`; `loads` of a mixture of experts, see `expert_loads`."""
     shape, sizes = SHAPES[case.model], documents(case)
     t = sum(sizes)
     layers = case.layers or shape.layers
@@ -259,6 +335,9 @@ def measure(case: Case, gemms: Gemms) -> list[Part]:
     }
     runs = 2 if case.checkpointing else 1
     parts = []
+    if loads:
+        parts += _expert_parts(case, gemms, loads)
+        del groups["gate_up"], groups["down"]
     for name, (k, widths) in groups.items():
         count = 1 if name == "lm_head" else layers
         forwards = count if name == "lm_head" else runs * layers
@@ -287,42 +366,37 @@ def dequantised_bytes(case: Case) -> float:
         return quantised.packed_bytes(case.mode, n, k) + 2 * n * k
 
     attention = moved(queries, shape.hidden) + 2 * moved(keys, shape.hidden) + moved(shape.hidden, queries)
-    first = attention + 2 * moved(shape.intermediate, shape.hidden)
-    return (case.layers or shape.layers) * (runs * first + 2 * moved(shape.hidden, shape.intermediate))
+    many = max(1, shape.experts)
+    first = attention + many * 2 * moved(shape.intermediate, shape.hidden)
+    return (case.layers or shape.layers) * (runs * first + 2 * many * moved(shape.hidden, shape.intermediate))
 
 
 def _timed(found: tuple[float, str], flops: float) -> tuple[float, float, str]:
     return found[0], flops, found[1]
 
 
-def unknown(case: Case) -> str | None:
-    """Why there is no floor for `case`, if there is none."""
-    shape = SHAPES[case.model]
-    if shape.experts:
-        return f"{shape.title}: a mixture of experts has other GEMMs"
-    return None
-
-
 def record(case: Case, gemms: Gemms, file: str | None) -> None:
     """Measures the floor of `case`, prints it, appends it to the results file."""
-    parts = measure(case, gemms)
+    path = Path(file) if file else None
+    results = records.load_results(path) if path else {"rows": [], "floors": []}
+    loads, source = expert_loads(case, results["rows"]) if SHAPES[case.model].experts else (None, "")
+    parts = measure(case, gemms, loads)
     total = sum(part.calls * part.ms for part in parts)
     down = next(part for part in parts if part.name == "down forward")
     less = (case.layers or SHAPES[case.model].layers) * down.ms if case.checkpointing else 0.0
-    print(report.floor_title(case))
+    print(report.floor_title(case) + (f"; experts: {source}" if source else ""))
     for part in parts:
         rate = part.flops / part.ms / 1e9
         print(f"  {part.name:20s} {part.calls:4d} x {1e3 * part.ms:8.1f} us  {rate:6.1f} TFLOP/s  {part.best}")
     print(f"  floor {total:.1f} ms; without the recompute's last GEMM {total - less:.1f} ms", flush=True)
-    packed = {}
+    packed: dict[str, Any] = {}
     if case.mode in quantised.MODES:
         moved, rate = dequantised_bytes(case), copy_gb_s(case.device)
         ms = moved / rate / 1e6
         packed = {"dequantize_ms": ms, "copy_gb_s": rate}
         print(f"  + dequantisation {ms:.1f} ms: {moved / 1e9:.0f} GB at {rate:.0f} GB/s", flush=True)
-    if file:
-        path = Path(file)
-        results = records.load_results(path)
+    if path:
+        packed |= {"expert_load": source} if source else {}
         results["floors"].append({
             "title": report.floor_title(case), "total_ms": total, "without_last_gemm_ms": total - less,
             "parts": [part._asdict() for part in parts], "date": datetime.date.today().isoformat(), **packed,
@@ -333,13 +407,14 @@ def record(case: Case, gemms: Gemms, file: str | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="llama-8b", choices=[n for n, s in SHAPES.items() if not s.experts])
+    parser.add_argument("--model", default="llama-8b", choices=list(SHAPES))
     parser.add_argument("--mode", default="lora", choices=list(MODES))
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--packed", type=int, default=0, metavar="DOCS", help="rows of so many documents of one length")
     parser.add_argument("--padding", type=float, default=0.0, metavar="SHARE", help="share of padding, 0.5 for half")
+    parser.add_argument("--routing", default="text", choices=experts.ROUTINGS, help="of a mixture: which rows' load")
     parser.add_argument("--layers", type=int, help="only so many decoder layers")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--plan", type=Path, help="the floor of each case of a plan of train_step.py, each once")
@@ -351,10 +426,8 @@ def main(argv: list[str] | None = None) -> int:
         cases = [Case(
             options.model, options.mode, options.batch, options.seq, options.checkpointing,
             layers=options.layers, device=options.device, packed=options.packed, padding=options.padding,
+            routing=options.routing,
         )]  # fmt: skip
-    for case in cases:
-        if reason := unknown(case):
-            parser.error(f"no floor known: {reason}")
     gemms = {case.device: Gemms(case.device) for case in cases}
     for case in cases:
         record(case, gemms[case.device], options.json)

@@ -9,7 +9,9 @@ relative error of the outputs and of the gradients against the same formula in f
 further off than PyTorch's own rounding explains. Dequantisation is exact: its error is how many values differ from the
 reference's, and it is measured once a model, since it knows no tokens.
 
-A new op is one function in `benches.py` or `benches_layer.py`.
+Of a mixture of experts its experts are measured (`--models mixtral-8x7b`), of the other models all but that.
+
+A new op is one function in `benches.py`, `benches_layer.py` or `benches_experts.py`.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(records.ROOT))
 
 from benches import DTYPE, OPS, WEIGHT_OPS, Bench
+from benches_experts import EXPERT_OPS
 from benches_layer import LAYER_OPS
 
 if __name__ == "__main__":
@@ -43,7 +46,7 @@ if __name__ == "__main__":
     sys.path.remove(str(Path(__file__).resolve().parent))
 
 Call = Callable[[], object]
-TOKEN_OPS = OPS | LAYER_OPS
+TOKEN_OPS = OPS | LAYER_OPS | EXPERT_OPS
 ALL = TOKEN_OPS | WEIGHT_OPS
 
 
@@ -177,7 +180,7 @@ def _line(row: records.Row) -> str:
     parts = row["errors"][: row["outputs"]], row["errors"][row["outputs"] :]
     errors = " ".join(f"{max(part):.1e}" if part else "-" for part in parts)
     return (
-        f"  {row['direction']:8s} {row['impl']:7s} {1e3 * row['ms']:9.1f} us {row['rate']:8.1f} {row['unit']:7s} "
+        f"  {row['direction']:8s} {row['impl']:10s} {1e3 * row['ms']:9.1f} us {row['rate']:8.1f} {row['unit']:7s} "
         f"{100 * row['share']:4.0f} %  host {row['host_us']:6.1f} us  error {errors}{'' if row['ok'] else '  DIFFERS'}"
     )
 
@@ -194,14 +197,14 @@ def _save(path: Path, rows: list[records.Row], limits: Limits, device: str) -> N
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", help=f"comma-separated, of {', '.join(ALL)}; default all")
-    parser.add_argument("--models", default="llama-8b,llama-1b", help="comma-separated shapes")
+    parser.add_argument("--models", default="llama-8b,llama-1b,mixtral-8x7b", help="comma-separated shapes")
     parser.add_argument("--tokens", default="512,8192", help="comma-separated")
     parser.add_argument("--cpu", action="store_true", help="run the reference paths, to see that the script works")
-    parser.add_argument("--tiny", action="store_true", help="the smallest shape and 16 tokens only")
+    parser.add_argument("--tiny", action="store_true", help="the smallest shapes and 16 tokens only")
     parser.add_argument("--json", type=Path, help="results file to put the rows into")
     options = parser.parse_args(argv)
     names = options.ops.split(",") if options.ops else list(ALL)
-    models = ["tiny"] if options.tiny else options.models.split(",")
+    models = ["tiny", "tiny-mixtral"] if options.tiny else options.models.split(",")
     for kind, given, known in (("--ops", names, ALL), ("--models", models, SHAPES)):
         if unknown := [name for name in given if name not in known]:
             parser.error(f"{kind}: no {', '.join(unknown)}; there are {', '.join(known)}")
@@ -215,8 +218,9 @@ def main(argv: list[str] | None = None) -> int:
     sizes = [16] if options.tiny else [int(tokens) for tokens in options.tokens.split(",")]
     rows: list[records.Row] = []
     for model, shape in ((model, SHAPES[model]) for model in models):
-        jobs = [(name, 0, partial(WEIGHT_OPS[name], shape, device)) for name in names if name in WEIGHT_OPS]
-        token_ops = {name: TOKEN_OPS[name] for name in names if name in TOKEN_OPS}
+        mine = [name for name in names if (name in EXPERT_OPS) == bool(shape.experts)]
+        jobs = [(name, 0, partial(WEIGHT_OPS[name], shape, device)) for name in mine if name in WEIGHT_OPS]
+        token_ops = {name: TOKEN_OPS[name] for name in mine if name in TOKEN_OPS}
         jobs += [(name, t, partial(op, shape, t, device)) for t in sizes for name, op in token_ops.items()]
         for name, tokens, build in jobs:
             print(f"{name}, {shape.title}" + (f", {tokens} tokens" if tokens else ""), flush=True)
@@ -224,6 +228,8 @@ def main(argv: list[str] | None = None) -> int:
             for row in found:
                 print(_line(row), flush=True)
             rows += [{"op": name, "model": model, "tokens": tokens} | row for row in found]
+    if not rows:
+        parser.error("none of --ops is measured of any of --models")
     if options.json:
         _save(options.json, rows, limits, device)
     return 0 if all(row["ok"] for row in rows) else 1

@@ -3,13 +3,14 @@
 `qlora`: bitsandbytes' `Linear4bit` as `from_pretrained` makes it with `load_in_4bit`, `bnb_4bit_quant_type="nf4"` and
 `bnb_4bit_use_double_quant` (blocks of 64, uint8 storage, compute dtype = the model's). `gptq`: gptqmodel's
 `TritonV2Linear`, on a CPU its `TorchLinear`: 4 bits, groups of 128, symmetric, in the order of the columns, fp16
-scales. Importing this file loads none of these libraries, nor torch.
+scales. Under `qlora` the stacked weights of experts are packed too, each expert by itself, which is what this library's
+`quantize_experts()` makes `from_pretrained` do. Importing this file loads none of these libraries, nor torch.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 MODES = ("qlora", "gptq")
@@ -52,11 +53,50 @@ def _gptq(linear: Any) -> Any:
     return layer
 
 
+def nf4(values: Any) -> tuple[Any, Any]:
+    """The bytes and the state that bitsandbytes makes of a weight, as everything here is packed."""
+    import bitsandbytes.functional
+
+    found: tuple[Any, Any] = bitsandbytes.functional.quantize_4bit(
+        values, blocksize=BLOCKSIZE, compress_statistics=True, quant_type="nf4"
+    )
+    return found
+
+
+def nf4_values(values: Any) -> Any:
+    """A weight packed and unpacked, in its own dtype."""
+    import bitsandbytes.functional
+
+    return bitsandbytes.functional.dequantize_4bit(*nf4(values))
+
+
+def _pack_stacks(experts: Any) -> None:
+    """Of a layer's experts, stacks of four bits in the place of those that were just made; zero until `fill_stack`."""
+    import torch
+
+    from fast_unsloth_patch.weights.nf4_experts import Nf4Experts
+
+    for name, stack in list(experts.named_parameters(recurse=False)):
+        zero = nf4(torch.zeros(stack.shape[1:], dtype=stack.dtype, device=stack.device))
+        setattr(experts, name, Nf4Experts.stack([zero] * stack.shape[0]).as_parameter())
+
+
+def is_stack(parameter: Any) -> bool:
+    """Is that a stack of experts' weights in four bits? Asked without importing its class."""
+    return hasattr(parameter, "stored_dtype")
+
+
+def fill_stack(parameter: Any, matrices: Iterable[Any]) -> None:
+    """Writes what bitsandbytes makes of each expert's values into a packed stack, whose tensors stay the same."""
+    parameter.copy_(type(parameter).stack([nf4(values) for values in matrices]))
+
+
 @contextlib.contextmanager
-def packed_linears(mode: str, names: tuple[str, ...]) -> Iterator[None]:
+def packed_layers(mode: str, names: tuple[str, ...]) -> Iterator[None]:
     """While this is entered, every `nn.Linear` that is built as a child of one of these names is a packed one.
 
-    Each is replaced when its parent gets it, so that there is never more than one dense weight at a time.
+    Each is replaced when its parent gets it, so that there is never more than one dense weight at a time; under `qlora`
+    so are the stacks of a child named "experts", of which there is never more than one layer's.
     """
     import torch
     from torch.nn.modules.module import register_module_module_registration_hook
@@ -64,13 +104,16 @@ def packed_linears(mode: str, names: tuple[str, ...]) -> Iterator[None]:
     pack = {"qlora": _nf4, "gptq": _gptq}[mode]
 
     def replace(parent: Any, name: str, child: Any) -> Any:
-        if name not in names or type(child) is not torch.nn.Linear:
+        stacks = mode == "qlora" and name == "experts"
+        if not stacks and (name not in names or type(child) is not torch.nn.Linear):
             return None
         # transformers builds a model with its dtype as the default one; quantising is no part of building
         building = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         try:
-            layer = pack(child)
+            if stacks:
+                _pack_stacks(child)
+            layer = child if stacks else pack(child)
         finally:
             torch.set_default_dtype(building)
         layer._is_hf_initialized = True  # transformers would draw a normal distribution into the packed bytes
@@ -81,6 +124,12 @@ def packed_linears(mode: str, names: tuple[str, ...]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def is_packed_by_qlora(name: str, linears: tuple[str, ...]) -> bool:
+    """Is that, by its canonical name, a weight of one of these linear layers, or a stack of experts' weights?"""
+    parts = name.split(".")
+    return parts[-2:] in ([linear, "weight"] for linear in linears) or parts[-2:-1] == ["experts"]
 
 
 def is_gptq(module: Any) -> bool:
@@ -108,11 +157,7 @@ def fill_nf4(name: str, parameter: Any, values: Any) -> None:
     Raises:
         ValueError: the parameter's layout is not the one that `_nf4` gives to the stock arm.
     """
-    import bitsandbytes.functional
-
-    packed, new = bitsandbytes.functional.quantize_4bit(
-        values, blocksize=BLOCKSIZE, compress_statistics=True, quant_type="nf4"
-    )
+    packed, new = nf4(values)
     state = parameter.quant_state
     expected, found = _layout(packed, new), _layout(parameter, state)
     for what in expected:
@@ -141,7 +186,7 @@ def fill_gptq(module: Any, generator: Any) -> None:
 
 def packed_weights(model: Any) -> int:
     """How many base weights are packed."""
-    fours = sum(hasattr(p, "quant_state") for p in model.parameters())
+    fours = sum(hasattr(p, "quant_state") or is_stack(p) for p in model.parameters())
     return fours + sum(map(is_gptq, model.modules()))
 
 

@@ -5,7 +5,8 @@
 
 In the README everything between `<!-- results:begin NAME -->` and `<!-- results:end NAME -->` is generated; NAME is one
 of `TABLES`. Speeds are only compared within one run: a case is shown by its newest run with two implementations, in a
-table of something special (a ladder, cold starts, host times) by the newest of these that has it.
+table of something special (a ladder, cold starts, host times) by the newest of these that has it. Of mixtures of
+experts there is a table of all arms, alone in their run or not.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from records import ROOT, Row, case_of, load_results
-from shapes import Case
+from shapes import SHAPES, Case
 
 NAMES = {"stock": "stock", "fast": "fast_unsloth_patch", "liger": "Liger", "unsloth": "Unsloth"}
 
@@ -74,6 +75,7 @@ def details(row: Row) -> str:
         if choice := row["fast"].get("recompute_choice"):
             settled = "" if row.get("settled", True) else f", not settled after {row['warmup']} steps"
             lines.append(f"recompute {row['arm']['recompute']}: {choice}{settled}")
+    lines += _load_lines(row)
     if "host" in row:
         host = row["host"]
         forward, backward = host["forward_us_per_layer"], host["backward_us_per_layer"]
@@ -94,11 +96,33 @@ def details(row: Row) -> str:
     return "".join(f"    {line}\n" for line in lines)
 
 
-def _runs(document: dict[str, list[Row]], wanted: Callable[[Row], object] | None = None) -> dict[str, list[Row]]:
+def _load_lines(row: Row) -> list[str]:
+    """The load of a mixture's experts, layer by layer, and whether it is stock's."""
+    if "expert_load" not in row:
+        return []
+    if not row["expert_load"]:
+        return ["expert load: unknown, its gates do not tell it"]
+    layers = [f"{i}: {_spread(load)}" for i, load in enumerate(row["expert_load"])]
+    lines = [
+        f"pairs of each layer's experts in the first step, smallest/mean/largest: {', '.join(layers[:8])}",
+        *(", ".join(layers[i : i + 8]) for i in range(8, len(layers), 8)),
+    ]
+    if "load_moved" in row.get("parity", {}):
+        lines.append(f"{100 * row['parity']['load_moved']:.2g} % of a layer's pairs at most go elsewhere than in stock")
+    return lines
+
+
+def _spread(load: list[int]) -> str:
+    return f"{min(load)}/{sum(load) / len(load):.0f}/{max(load)}"
+
+
+def _runs(
+    document: dict[str, list[Row]], wanted: Callable[[Row], object] | None = None, least: int = 2
+) -> dict[str, list[Row]]:
     """Title of a case -> the rows of its newest run of two implementations; the later of two rows of one label counts.
 
     Stock counts as one also if the memory did not hold it, as long as something else ran. With `wanted`: the newest
-    that has a row of which that is true.
+    that has a row of which that is true. `least`: so many implementations.
     """
     runs: dict[str, dict[str, dict[tuple[str, bool], Row]]] = {}
     for row in document["rows"]:
@@ -110,7 +134,7 @@ def _runs(document: dict[str, list[Row]], wanted: Callable[[Row], object] | None
             known = {
                 r["impl"] for r in rows.values() if r["status"] == "ok" or (r["impl"], r["status"]) == ("stock", "oom")
             }
-            if len(known) > 1 and (wanted is None or any(map(wanted, rows.values()))):
+            if len(known) >= least and (wanted is None or any(map(wanted, rows.values()))):
                 newest[title] = list(rows.values())
     return newest
 
@@ -121,6 +145,10 @@ def _is_cold(row: Row) -> bool:
 
 def _has_host(row: Row) -> bool:
     return "host" in row
+
+
+def _has_experts(row: Row) -> bool:
+    return bool(SHAPES[row["case"]["model"]].experts)
 
 
 def _is_rung(row: Row) -> bool:
@@ -144,8 +172,8 @@ def _floor(document: dict[str, list[Row]], case: Case) -> Row | None:
 
 
 def floor_title(case: Case) -> str:
-    """What a floor belongs to: neither dropout nor the step count changes it."""
-    fields = {name: getattr(case, name) for name in ("layers", "packed", "padding")}
+    """What a floor belongs to: neither dropout nor the step count changes it, nor where the adapters are."""
+    fields = {name: getattr(case, name) for name in ("layers", "packed", "padding", "routing")}
     return Case(case.model, case.mode, case.batch, case.seq, case.checkpointing, **fields).title()
 
 
@@ -254,6 +282,30 @@ def _arms(document: dict[str, list[Row]]) -> str:
     return _markdown(["case", "", "step", "peak allocated", "tokens/s"], rows) if rows else ""
 
 
+def _experts(document: dict[str, list[Row]]) -> str:
+    """All arms of mixtures of experts: how each stands to stock and Unsloth, its losses, the load of its experts."""
+    rows = []
+    for title, found in _runs(document, _has_experts, least=1).items():
+        times = {r["label"]: r["step_ms"]["median"] for r in found if r["status"] == "ok"}
+        for row in _warm(found):
+            step, _, memory = _numbers(row).partition(", ")
+            if row["status"] != "ok":
+                rows.append([title, _shown(row), step, "-", "-", "-", "-", "-"])
+                continue
+            shares = [f"{row['step_ms']['median'] / times[i]:.2f}" if i in times else "-" for i in ("stock", "unsloth")]
+            losses = [f"{row['losses'][i]:.4f}" for i in (0, -1)]
+            load = [n for layer in row.get("expert_load", []) for n in layer]
+            rows.append([
+                title, _shown(row), step, memory or "-", *shares, f"{losses[0]}, {losses[1]}",
+                _spread(load) if load else "-",
+            ])  # fmt: skip
+    head = [
+        "mixture of experts", "", "step", "peak allocated", "of stock's step", "of Unsloth's", "loss, first and last",
+        "pairs an expert, smallest/mean/largest",
+    ]  # fmt: skip
+    return _markdown(head, rows) if rows else ""
+
+
 def newest_contexts(document: dict[str, list[Row]]) -> list[Row]:
     """The newest search of each arm, model, mode and cap (`max_context.py`), in the order of their first ones."""
     found = {context_title(row) + row["label"]: row for row in document.get("contexts", [])}
@@ -282,8 +334,8 @@ def _contexts(document: dict[str, list[Row]]) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, list[Row]]], str]] = {
-    "steps": _steps, "arms": _arms, "context": _contexts, "parity": _parity, "start": _start, "host": _host,
-    "ladder": _ladder,
+    "steps": _steps, "arms": _arms, "experts": _experts, "context": _contexts, "parity": _parity, "start": _start,
+    "host": _host, "ladder": _ladder,
 }  # fmt: skip
 
 
@@ -291,6 +343,8 @@ def _provenance(name: str, document: dict[str, list[Row]]) -> str:
     """Device, versions, dates and commits of all rows shown: of the searches, or of everything else."""
     if name == "context":
         shown = newest_contexts(document)
+    elif name == "experts":
+        shown = [r for found in _runs(document, _has_experts, least=1).values() for r in found]
     else:
         special = (_runs(document, wanted) for wanted in (None, _is_cold, _has_host, _is_rung, _is_variant))
         shown = list({id(r): r for runs in special for found in runs.values() for r in found}.values())

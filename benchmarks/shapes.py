@@ -2,29 +2,26 @@
 
 The shapes are those of the published models; nothing is downloaded. `fill_weights` gives every implementation the same
 weights, so that their losses can be compared step by step: each value depends on nothing but the parameter's name.
-(`quantised.py` has what is special about base weights of four bits.) Importing this file loads no torch, so that the
-driver and `report.py` start at once.
+(`quantised.py` has what is special about base weights of four bits, `experts.py` about mixtures of experts, `setups.py`
+how each implementation is told to build its model.) Importing this file loads no torch, so that the driver and
+`report.py` start at once.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
-import math
 import re
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import experts
 import quantised
 
-# told when a part of the set-up is over
-Done = Callable[[str], None]
-
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+LORA_TARGETS = (*ATTENTION_TARGETS, "gate_proj", "up_proj", "down_proj")
 LORA_RANK = 16
 LORA_ALPHA = 32
 
@@ -68,6 +65,9 @@ SHAPES = {
     # for the smoke tests on a CPU
     "tiny": Shape("Tiny", "llama", 64, 128, 2, 4, 2, 16, 512),
     "tiny-mistral": Shape("Tiny-Mistral", "mistral", 64, 128, 2, 4, 2, 16, 512, sliding_window=12),
+    "tiny-mixtral": Shape(
+        "Tiny-Mixtral", "mixtral", 64, 128, 2, 4, 2, 16, 512, rope_theta=1e6, experts=4, experts_per_token=2
+    ),
 }
 
 
@@ -76,7 +76,9 @@ class Case:
     """One training set-up; what all arms of a comparison share.
 
     `packed`: rows of so many documents of one length, 0: rows of one. `padding`: that share of the tokens is padding,
-    at the right of rows of several lengths.
+    at the right of rows of several lengths. Of mixtures of experts, `expert_lora`: LoRA on the experts too, else on
+    attention alone; `routing`: see `experts.py`. `rounded`: of what QLoRA packs, the values that it makes of them,
+    unpacked; so that both can be held against each other.
     """
 
     model: str = "llama-8b"
@@ -92,17 +94,39 @@ class Case:
     device: str = "cuda"
     packed: int = 0
     padding: float = 0.0
+    expert_lora: bool = True
+    routing: str = "text"
+    rounded: bool = False
 
     def __post_init__(self) -> None:
+        if problem := self._problem_of_experts():
+            raise ValueError(problem)
+        if self.rounded and self.mode != "lora":
+            raise ValueError(f"rounded: the weights of LoRA can be those of QLoRA, not the weights of mode {self.mode}")
         if self.packed < 0 or (self.packed and (self.padding or self.seq % self.packed)):
             raise ValueError(f"packed={self.packed}: not without padding, and documents of equal length in {self.seq}")
         left = round(self.batch * self.seq * (1 - self.padding)) - self.seq
         if self.padding and (self.padding < 0 or self.batch < 2 or left < 4 * (self.batch - 1)):
             raise ValueError(f"padding={self.padding}: the longest of {self.batch} rows has none, too little is left")
 
+    def _problem_of_experts(self) -> str | None:
+        if self.routing not in experts.ROUTINGS:
+            return f"routing={self.routing!r} is none of {experts.ROUTINGS}"
+        if not SHAPES[self.model].experts:
+            plain = self.expert_lora and self.routing == "text"
+            return None if plain else f"{self.model} has no experts: neither their LoRA nor their routing can be chosen"
+        if self.mode == "gptq":
+            return f"mode gptq: nothing here makes {self.model} with GPTQ's experts"
+        if self.expert_lora and self.dropout and self.mode != "full":
+            return f"dropout={self.dropout}: PEFT has none for LoRA on experts"
+        return None
+
     def title(self) -> str:
         shape = SHAPES[self.model]
-        parts = [f"{shape.title} {MODES[self.mode][0]}, {self.batch}x{self.seq}"]
+        on = ""
+        if shape.experts and self.mode != "full":
+            on = " on attention and experts" if self.expert_lora else " on attention"
+        parts = [f"{shape.title} {MODES[self.mode][0]}{on}, {self.batch}x{self.seq}"]
         if self.packed:
             parts.append(f"{self.packed} documents a row")
         if self.padding:
@@ -110,6 +134,10 @@ class Case:
         if self.layers:
             parts.append(f"{self.layers} of {shape.layers} layers")
         parts.append("checkpointing" if self.checkpointing else "no checkpointing")
+        if self.routing != "text":
+            parts.append(f"{self.routing} routing")
+        if self.rounded:
+            parts.append("weights rounded to NF4")
         if self.dropout:
             parts.append(f"dropout {self.dropout}")
         if self.dtype != "bf16":
@@ -122,8 +150,9 @@ class Arm:
     """One implementation of a case, and how it is looked at.
 
     `feed` is the form in which it gets the case's tokens, see `batches.Batches`; `rung` places it on the ladder; `env`
-    is added to its process's environment; `cold`: empty Triton and Inductor caches; `profile`: one more step under
-    torch.profiler; `host`: host time of forward and backward at 16 tokens.
+    is added to its process's environment; `liger_moe`: with Liger's own mixture of experts, which tunes itself for
+    minutes; `cold`: empty Triton and Inductor caches; `profile`: one more step under torch.profiler; `host`: host time
+    of forward and backward at 16 tokens.
     """
 
     impl: str
@@ -135,6 +164,7 @@ class Arm:
     feed: str = ""
     rung: int | None = None
     env: dict[str, str] = field(default_factory=dict)
+    liger_moe: bool = False
     cold: bool = False
     profile: bool = False
     host: bool = False
@@ -202,7 +232,7 @@ def build(name: str, *, layers: int | None, dtype: Any, device: str, mode: str =
     import torch
     from transformers import AutoModelForCausalLM
 
-    packed = quantised.packed_linears(mode, LORA_TARGETS) if mode in quantised.MODES else contextlib.nullcontext()
+    packed = quantised.packed_layers(mode, LORA_TARGETS) if mode in quantised.MODES else contextlib.nullcontext()
     with torch.device(device), packed:
         model = AutoModelForCausalLM.from_config(config(name, layers), dtype=dtype, attn_implementation="sdpa")
     if mode == "qlora":
@@ -211,16 +241,21 @@ def build(name: str, *, layers: int | None, dtype: Any, device: str, mode: str =
     return model
 
 
-def add_lora(model: Any, *, dropout: float, device: str) -> Any:
-    """`model` with PEFT's LoRA on all seven projections; the adapters are fp32, PEFT's default."""
+def add_lora(model: Any, *, dropout: float, device: str, expert_lora: bool = True) -> Any:
+    """`model` with PEFT's LoRA on all seven projections; the adapters are fp32, PEFT's default.
+
+    Of a mixture of experts: on the four of attention, and with `expert_lora` on the stacks of its experts' weights.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
 
+    moe = hasattr(model.config, "num_local_experts")
     lora = LoraConfig(
         r=LORA_RANK,
         lora_alpha=LORA_ALPHA,
         lora_dropout=dropout,
-        target_modules=list(LORA_TARGETS),
+        target_modules=list(ATTENTION_TARGETS if moe else LORA_TARGETS),
+        target_parameters=list(experts.TARGET_PARAMETERS) if moe and expert_lora else None,
         task_type="CAUSAL_LM",
     )
     with torch.device(device):
@@ -229,16 +264,32 @@ def add_lora(model: Any, *, dropout: float, device: str) -> Any:
 
 def canonical_name(name: str) -> str:
     """A parameter's name without what PEFT puts round it, so that every implementation agrees on it."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".default.", ".")
+    name = re.sub(r"(\.base_layer)+\.", ".", name.removeprefix("base_model.model."))
+    return name.replace(".default.", ".")
 
 
-def fill_weights(model: Any, seed: int = 0) -> None:
+def named_parameters(model: Any) -> list[tuple[str, Any]]:
+    """The parameters by their canonical names; an adapter of stacked weights has the name of the stack in its own."""
+    wrapped = experts.wrapped_stacks(model)
+    found = []
+    for name, parameter in model.named_parameters():
+        module, adapter, rest = name.partition(".lora_")
+        found.append((canonical_name(wrapped.get(module, module) + adapter + rest), parameter))
+    return found
+
+
+def fill_weights(model: Any, seed: int = 0, *, rounded: bool = False, trained: bool = False) -> None:
     """Overwrites every parameter with random values that depend on `seed` and its canonical name only.
 
     Matrices N(0, 0.02); norm weights 1 + N(0, 0.1); lora_A N(0, 1/(3K)), the variance of PEFT's own initialisation for
     K inputs; lora_B N(0, 0.005), not zero, so that the gradients of lora_A are exercised from the first step.
-    Drawn in fp32 and rounded once to the parameter's dtype. A 4-bit weight of bitsandbytes becomes what that library
-    makes of these values in the embedding's dtype; of a GPTQ weight the integers and the scales are drawn.
+    Drawn in fp32 and rounded once to the parameter's dtype, stacked weights one expert at a time. A 4-bit weight of
+    bitsandbytes becomes what that library makes of these values in the embedding's dtype; of a GPTQ weight the integers
+    and the scales are drawn.
+
+    Args:
+        rounded: see `Case`.
+        trained: what is trained only; the rest stays.
 
     Raises:
         ValueError: a 4-bit weight whose layout is not the stock arm's.
@@ -248,35 +299,60 @@ def fill_weights(model: Any, seed: int = 0) -> None:
     def generator(key: str, device: torch.device) -> torch.Generator:
         return torch.Generator(device).manual_seed(zlib.crc32(key.encode()) + seed)
 
+    def values(key: str, size: Any, device: torch.device) -> torch.Tensor:
+        drawn = torch.randn(size, generator=generator(key, device), device=device, dtype=torch.float32)
+        if "norm" in key:
+            return drawn.mul_(0.1).add_(1.0)
+        if "lora_A" in key:
+            return drawn.mul_((3 * size[-1]) ** -0.5)
+        return drawn.mul_(0.005 if "lora_B" in key else 0.02)
+
     dense = model.get_input_embeddings().weight.dtype
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            key, device = canonical_name(name), parameter.device
-            state = getattr(parameter, "quant_state", None)
-            shape = parameter.shape if state is None else state.shape
-            values = torch.randn(shape, generator=generator(key, device), device=device, dtype=torch.float32)
-            if "norm" in key:
-                values = values.mul_(0.1).add_(1.0)
-            elif "lora_A" in key:
-                values = values.mul_((3 * parameter.shape[-1]) ** -0.5)
-            else:
-                values = values.mul_(0.005 if "lora_B" in key else 0.02)
-            if state is None:
-                parameter.copy_(values)
-            else:
-                quantised.fill_nf4(key, parameter, values.to(dense))
+        for key, parameter in named_parameters(model):
+            if trained and not parameter.requires_grad:
+                continue
+            device, state = parameter.device, getattr(parameter, "quant_state", None)
+            if state is not None:
+                quantised.fill_nf4(key, parameter, values(key, state.shape, device).to(dense))
+                continue
+            count, *size = parameter.shape if parameter.dim() == 3 else (0, *parameter.shape)
+            keys = [f"{key}.{expert}" for expert in range(count)] or [key]
+            matrices = (values(k, torch.Size(size), device).to(dense if count else torch.float32) for k in keys)
+            if quantised.is_stack(parameter):
+                quantised.fill_stack(parameter, matrices)
+                continue
+            for part, matrix in zip(parameter if count else [parameter], matrices):
+                part.copy_(matrix)
+                if rounded and quantised.is_packed_by_qlora(key, LORA_TARGETS):
+                    part.copy_(quantised.nf4_values(part))
         for name, module in model.named_modules():
-            if quantised.is_gptq(module):
+            if quantised.is_gptq(module) and not trained:
                 key = canonical_name(f"{name}.weight")
                 quantised.fill_gptq(module, generator(key, module.qweight.device))
 
 
-def packing_problem(model: Any, case: Case) -> str | None:
-    """Why `model`, as an implementation built it, has not the base weights of the case's mode, if it has not."""
-    layers = case.layers or SHAPES[case.model].layers
-    expected = len(LORA_TARGETS) * layers if case.mode in quantised.MODES else 0
+def fill(model: Any, case: Case, *, trained: bool = False) -> None:
+    """`fill_weights` as `case` has them, with its routing. `trained`: what is trained, as before the first step."""
+    fill_weights(model, rounded=case.rounded, trained=trained)
+    if case.routing == "random" and not (trained and case.mode != "full"):
+        shape, batch = SHAPES[case.model], case.batch * case.seq
+        experts.route_evenly(model, shape, text_tokens(shape.vocab, experts.BATCHES * batch), batch)
+
+
+def build_problem(model: Any, case: Case) -> str | None:
+    """Why `model`, as an implementation built it, has not the case's base weights or adapters, if it has not."""
+    shape = SHAPES[case.model]
+    layers = case.layers or shape.layers
+    expected = 0
+    if case.mode in quantised.MODES:
+        expected = layers * (len(ATTENTION_TARGETS) + len(experts.STACKS) if shape.experts else len(LORA_TARGETS))
     found = quantised.packed_weights(model)
-    return None if found == expected else f"packed weights: expected {expected}, found {found}"
+    if found != expected:
+        return f"packed weights: expected {expected}, found {found}"
+    if not shape.experts:
+        return None
+    return experts.problem(model, shape, layers, LORA_RANK, case.expert_lora and case.mode != "full")
 
 
 def text_tokens(vocab: int, count: int) -> list[int]:
@@ -290,163 +366,3 @@ def text_tokens(vocab: int, count: int) -> list[int]:
     words = re.findall(r"\w+|[^\w\s]|\n", "\n".join(topics[key] for key in sorted(topics)))
     ids = [zlib.crc32(word.encode()) % vocab for word in words]
     return (ids * (count // len(ids) + 1))[:count]
-
-
-def checkpoint_tensors(name: str, layers: int | None) -> dict[str, list[int]]:
-    """Names and shapes of a dense model's tensors, as they are on disk."""
-    shape = SHAPES[name]
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    tensors = {"model.embed_tokens.weight": [shape.vocab, shape.hidden], "model.norm.weight": [shape.hidden]}
-    if not shape.tied:
-        tensors["lm_head.weight"] = [shape.vocab, shape.hidden]
-    layer = {
-        "input_layernorm": [shape.hidden],
-        "post_attention_layernorm": [shape.hidden],
-        "self_attn.q_proj": [queries, shape.hidden],
-        "self_attn.k_proj": [keys, shape.hidden],
-        "self_attn.v_proj": [keys, shape.hidden],
-        "self_attn.o_proj": [shape.hidden, queries],
-        "mlp.gate_proj": [shape.intermediate, shape.hidden],
-        "mlp.up_proj": [shape.intermediate, shape.hidden],
-        "mlp.down_proj": [shape.hidden, shape.intermediate],
-    }
-    for i in range(layers or shape.layers):
-        tensors |= {f"model.layers.{i}.{module}.weight": size for module, size in layer.items()}
-    return tensors
-
-
-def write_hollow_checkpoint(name: str, folder: Path, *, layers: int | None) -> None:
-    """A bf16 checkpoint folder in that shape, for libraries that can only load a model from disk.
-
-    The weights file is a real safetensors header followed by a hole: it takes no disk space and no time to write, and
-    reads as zeros. `fill_weights` must follow the loading. The tokenizer is a byte-level one with no merges. No model
-    is built here: the library may already have replaced transformers' classes.
-    """
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for key, size in checkpoint_tensors(name, layers).items():
-        start, end = end, end + 2 * math.prod(size)
-        header[key] = {"dtype": "BF16", "shape": size, "data_offsets": [start, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        file.truncate(8 + len(encoded) + end)
-    cfg = config(name, layers)
-    cfg.architectures = [f"{SHAPES[name].family.capitalize()}ForCausalLM"]
-    cfg.dtype = torch.bfloat16
-    cfg.save_pretrained(folder)
-
-    # ids 1 and 2 are the configuration's bos and eos
-    special = ["<unk>", "<s>", "</s>", "<pad>"]
-    alphabet = special + sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(folder)
-
-
-class Setup(NamedTuple):
-    """What an implementation does before it trains: what it needs no GPU for, and the rest.
-
-    `imports` runs while another worker measures. It does what a script of that implementation does before it builds a
-    model, and no more: what is first needed in a step has to stay in `first_step_s`.
-    """
-
-    imports: Callable[[Case, Arm], None]
-    build: Callable[[Case, Arm, Done], Any]
-
-
-def _import_stock(case: Case, arm: Arm) -> None:
-    family = SHAPES[case.model].family
-    importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    for name in MODES[case.mode][1]:
-        importlib.import_module(name)
-
-
-def _import_fast(case: Case, arm: Arm) -> None:
-    import fast_unsloth_patch
-
-    fast_unsloth_patch.apply(only=arm.only, exclude=arm.exclude, recompute=arm.recompute)
-    _import_stock(case, arm)
-
-
-def _import_liger(case: Case, arm: Arm) -> None:
-    import liger_kernel.transformers as liger
-
-    getattr(liger, f"apply_liger_kernel_to_{SHAPES[case.model].family}")()
-    _import_stock(case, arm)
-
-
-def _import_unsloth(case: Case, arm: Arm) -> None:
-    # It initialises CUDA when imported, and has to be imported before transformers, trl and peft: only what it does
-    # not patch can come before.
-    for name in ("numpy", "torch", "triton"):
-        importlib.import_module(name)
-
-
-def _build_stock(case: Case, arm: Arm, done: Done) -> Any:
-    """The stock model of a case, as a script would make it."""
-    import torch
-
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[case.dtype]
-    model = build(case.model, layers=case.layers, dtype=dtype, device=case.device, mode=case.mode)
-    if case.mode != "full":
-        model = add_lora(model, dropout=case.dropout, device=case.device)
-    if case.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
-
-
-def _build_unsloth(case: Case, arm: Arm, done: Done) -> Any:
-    """Unsloth by its public calls. It only loads models from disk, so it is given a checkpoint that is a hole."""
-    import torch
-    import unsloth
-
-    done("import unsloth")
-    folder = Path.cwd() / f"hollow-{case.model}-{case.layers or 'all'}"
-    write_hollow_checkpoint(case.model, folder, layers=case.layers)
-    done("hollow checkpoint")
-    checkpointing: bool | str = case.checkpointing
-    if case.checkpointing and arm.unsloth_gc == "unsloth":
-        checkpointing = "unsloth"  # its own, which offloads to host memory
-    # it cuts longer rows; its padding-free mode makes one row of a batch
-    longest = case.seq * (case.batch if arm.feed == "flat" else 1)
-    model, _ = unsloth.FastLanguageModel.from_pretrained(
-        model_name=str(folder),
-        max_seq_length=longest,
-        dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[case.dtype],
-        load_in_4bit=case.mode == "qlora",  # double quantisation is its default
-        full_finetuning=case.mode == "full",
-        use_gradient_checkpointing=checkpointing,
-        local_files_only=True,
-    )
-    done("load")
-    if case.mode != "full":
-        model = unsloth.FastLanguageModel.get_peft_model(
-            model,
-            r=LORA_RANK,
-            lora_alpha=LORA_ALPHA,
-            lora_dropout=case.dropout,
-            target_modules=list(LORA_TARGETS),
-            bias="none",
-            use_gradient_checkpointing=checkpointing,
-            random_state=0,
-            max_seq_length=longest,
-        )
-    return model
-
-
-SETUPS = {
-    "stock": Setup(_import_stock, _build_stock),
-    "fast": Setup(_import_fast, _build_stock),
-    "liger": Setup(_import_liger, _build_stock),
-    "unsloth": Setup(_import_unsloth, _build_unsloth),
-}

@@ -12,6 +12,11 @@ the device synchronised at each step's end, as Trainer's own NaN filter does. In
 row of 16 documents told by `position_ids`, `--padding 0.5` half of the tokens padding (`batches.py`); tokens/s count
 what is no padding. Peers that would take a packed row for one document show it by their parity.
 
+Of Mixtral, LoRA is on attention and experts, with `--attention-only` on attention; `--routing random` gives every
+expert the same number of tokens, where real text is what it is by default (`experts.py`). The load of the first step,
+with the weights it starts from, is told for each layer and compared with stock's. With `--mode qlora` the experts have
+four bits too, which is this library's alone; `--rounded` trains LoRA on the same values in 16 bits, to compare.
+
 While an arm measures, the next one's worker already imports, and waits (`workers.py`; `--no-overlap` for one after the
 other). Only imports overlap: a worker builds, runs and measures when no other one uses the GPU. Imports and the wait
 are phases of their own; `first_step_s`, as every other time in a row, contains neither.
@@ -40,8 +45,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import experts
 import records
 import report
+import setups
 import shapes
 import training
 import workers
@@ -172,6 +179,18 @@ def _host(trainer: Trainer, ids: Any, repeats: int = 12) -> dict[str, float]:
     }
 
 
+def _expert_load(trainer: Trainer, batches: Batches) -> list[list[int]]:
+    """Pairs (token, expert) of each layer's experts in the first step, before its weights were trained.
+
+    A forward of its own, after all measurements: nothing has hooks while it is measured, and all arms have the same
+    weights here. Empty if an implementation's gates do not tell it.
+    """
+    shapes.fill(trainer.model, batches.case, trained=True)
+    with experts.counted(trainer.model) as found:
+        trainer.loss(batches[0])
+    return [load.tolist() for load in found]
+
+
 def _work(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     case, arm = Case(**spec["case"]), Arm(**spec["arm"])
     if reason := training.absent(case, arm):
@@ -182,12 +201,17 @@ def _work(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     batches = Batches(case, arm, case.warmup + case.steps + (SETTLING if _settles(arm) else 0))
     phases.done("data")
     result = {"status": "ok", **_measure(trainer, batches, phases)}
+    # before `_expert_load`, whose forward is no step
+    fast = training.fast_status() if arm.impl == "fast" else None
     result["trainable"] = {
         "parameters": sum(p.numel() for p in trainer.parameters),
         "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in trainer.parameters}),
     }
-    if arm.impl == "fast":
-        result["fast"] = training.fast_status()
+    if fast:
+        result["fast"] = fast
+    if shapes.SHAPES[case.model].experts:
+        result["expert_load"] = _expert_load(trainer, batches)
+        phases.done("load")
     if arm.host:
         result["host"] = _host(trainer, batches[0]["input_ids"].reshape(-1)[:16][None].contiguous())
         phases.done("host")
@@ -258,7 +282,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--impl", default="stock,fast,liger,unsloth", help="comma-separated")
-    parser.add_argument("--model", default="llama-8b", choices=[n for n, s in shapes.SHAPES.items() if not s.experts])
+    parser.add_argument("--model", default="llama-8b", choices=list(shapes.SHAPES))
     parser.add_argument("--mode", default="lora", choices=list(shapes.MODES))
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=2048)
@@ -273,6 +297,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--exclude", type=_names, default=(), help="fast: without these patches")
     parser.add_argument("--packed", type=int, default=0, metavar="DOCS", help="rows of so many documents of one length")
     parser.add_argument("--padding", type=float, default=0.0, metavar="SHARE", help="share of padding, 0.5 for half")
+    parser.add_argument("--attention-only", dest="expert_lora", action="store_false", help="no LoRA on experts")
+    parser.add_argument("--routing", default="text", choices=experts.ROUTINGS, help="of tokens to experts")
+    parser.add_argument("--rounded", action="store_true", help="LoRA on the values that --mode qlora makes of weights")
     parser.add_argument("--feed", default="", choices=["", "apart", "flat", "full"], help="see batches.py")
     parser.add_argument("--recompute", default="full", choices=["full", "stock", "auto", "offload"], help="fast only")
     parser.add_argument("--unsloth-gc", default="true", choices=["true", "unsloth"])
@@ -305,9 +332,9 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--feed {options.feed}: of {case.title()} there is none")
         arm_options = {n: getattr(options, n) for n in ("only", "exclude", "recompute", "unsloth_gc", "feed")}
         plan = [(case, [Arm(name, **arm_options) for name in _names(options.impl)])]
-    unknown = {arm.impl for _, arms in plan for arm in arms} - set(shapes.SETUPS)
+    unknown = {arm.impl for _, arms in plan for arm in arms} - set(setups.SETUPS)
     if unknown:
-        parser.error(f"unknown implementation {', '.join(sorted(unknown))}; known: {', '.join(shapes.SETUPS)}")
+        parser.error(f"unknown implementation {', '.join(sorted(unknown))}; known: {', '.join(setups.SETUPS)}")
     flags: dict[str, Any] = {name: True for name in ("cold", "profile", "host") if getattr(options, name)}
     return run_plan([(case, [dataclasses.replace(arm, **flags) for arm in arms]) for case, arms in plan], options)
 

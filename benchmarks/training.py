@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import records
+import setups
 import shapes
 import workers
 from shapes import Arm, Case
@@ -94,7 +95,11 @@ def absent(case: Case, arm: Arm) -> str | None:
     """Why an arm cannot run here, if it cannot."""
     if case.mode == "gptq" and arm.impl not in ("stock", "fast"):
         return f"{arm.impl} has no fast path for GPTQ"
+    if case.mode == "qlora" and shapes.SHAPES[case.model].experts and arm.impl != "fast":
+        return f"{arm.impl} leaves experts in 16 bits under load_in_4bit"
     needed = [PACKAGES[arm.impl]] if arm.impl in PACKAGES else []
+    if case.rounded:
+        needed.append("bitsandbytes")
     for package in (*needed, *shapes.MODES[case.mode][1]):
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed"
@@ -105,7 +110,7 @@ def absent(case: Case, arm: Arm) -> str | None:
 
 def import_and_wait(case: Case, arm: Arm, phases: Phases) -> bool:
     """Imports, then waits for the driver; whether the imports made a context on the GPU."""
-    shapes.SETUPS[arm.impl].imports(case, arm)
+    setups.SETUPS[arm.impl].imports(case, arm)
     import torch
 
     # a context on the GPU that another worker may be measuring; to have asked for the device's properties is none
@@ -120,15 +125,15 @@ def build(case: Case, arm: Arm, phases: Phases) -> Trainer:
     """The arm's model with the weights that all arms have, ready for its first step.
 
     Raises:
-        ValueError: the implementation built another kind of base weights than the case asks for.
+        ValueError: the implementation built other base weights or adapters than the case asks for.
     """
     import torch
 
-    model = shapes.SETUPS[arm.impl].build(case, arm, phases.done)
+    model = setups.SETUPS[arm.impl].build(case, arm, phases.done)
     model.train()
-    if problem := shapes.packing_problem(model, case):
+    if problem := shapes.build_problem(model, case):
         raise ValueError(problem)
-    shapes.fill_weights(model)
+    shapes.fill(model, case)
     torch.manual_seed(0)
     phases.done("build")
     return Trainer(model, case)

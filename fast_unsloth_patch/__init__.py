@@ -16,6 +16,7 @@ from .errors import (
     PatchUnavailableError,
     UnknownPatchError,
 )
+from .quantize import quantize_experts
 
 # Imported before the function `status` is defined: the first import of a submodule binds its name here.
 from .status import Status
@@ -40,6 +41,7 @@ __all__ = [
     "apply",
     "disabled",
     "keep_stock",
+    "quantize_experts",
     "status",
     "unapply",
 ]

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 VARIABLE = "FAST_UNSLOTH"
 
-_ON = ("1", "true", "on", "yes")
-_OFF = ("0", "false", "off", "no")
+ON = ("1", "true", "on", "yes")
+OFF = ("0", "false", "off", "no")
 
 RECOMPUTE = ("full", "stock", "auto", "offload")
 
@@ -30,9 +30,9 @@ _TRIGGERS = ("transformers", "peft")
 def mode() -> str | None:
     """``"on"``, ``"strict"``, ``"off"`` (the kill switch), or None: unset, or a value that means nothing."""
     value = os.environ.get(VARIABLE, "").strip().lower()
-    if value in _ON:
+    if value in ON:
         return "on"
-    if value in _OFF:
+    if value in OFF:
         return "off"
     return "strict" if value == "strict" else None
 
@@ -171,9 +171,9 @@ def _recompute(value: Any) -> str:
 def wants_line() -> bool:
     """Is the line after the first fast step wanted? On rank 0 unless ``FAST_UNSLOTH_LOG=0``."""
     value = os.environ.get(f"{VARIABLE}_LOG", "").strip().lower()
-    if value and value not in (*_ON, *_OFF):
+    if value and value not in (*ON, *OFF):
         warn("activation", f"{VARIABLE}_LOG={value} is ignored: the values are 1 and 0")
-    return value not in _OFF and is_rank_0()
+    return value not in OFF and is_rank_0()
 
 
 def is_rank_0() -> bool:

@@ -248,12 +248,14 @@ def op_cases() -> Iterator[OpCase]:
     import torch
 
     from .ops.linear_cross_entropy import linear_cross_entropy
+    from .ops.lora_experts import ExpertAdapter, ExpertProjection, lora_experts
     from .ops.lora_linear import Adapter, Projection, lora_linear
     from .ops.lora_mlp import lora_mlp
     from .ops.lora_qkv import lora_qkv
     from .ops.rms_norm import rms_norm
     from .ops.rope import rope
     from .ops.swiglu import swiglu
+    from .reference.experts import lora_experts_ref
     from .reference.linear_cross_entropy import linear_cross_entropy_ref
     from .reference.lora import lora_linear_ref, lora_mlp_ref, lora_qkv_ref
     from .reference.rms_norm import rms_norm_ref
@@ -293,6 +295,15 @@ def op_cases() -> Iterator[OpCase]:
 
         return call
 
+    def experts(x, weights, ag, bg, ad, bd, index, wg, wd):
+        stacks = [(wg, ag, bg), (wd, ad, bd)]
+        return lora_experts(
+            x, index, weights, *[ExpertProjection(w, ExpertAdapter(a, b, 2.0)) for w, a, b in stacks]
+        )  # fmt: skip
+
+    def experts_ref(x, weights, ag, bg, ad, bd, index, wg, wd):
+        return lora_experts_ref(x, index, weights, (wg, ag, bg, 2.0), (wd, ad, bd, 2.0))
+
     def norm(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda x, w: function(x, w, 1e-6)
 
@@ -315,6 +326,22 @@ def op_cases() -> Iterator[OpCase]:
         mlp(lora_mlp_ref),
         [x, *adapter(*wide), *adapter(*wide), *adapter(128, 192)],
         [weight(*wide), weight(*wide), weight(128, 192)],
+    )
+    # Two experts a token of four, of which one gets no token.
+    index = torch.stack((torch.arange(66) % 2, torch.full((66,), 3)), 1)
+    yield OpCase(
+        "lora_experts",
+        experts,
+        experts_ref,
+        [
+            normal(66, 128),
+            torch.rand(66, 2, generator=draw),
+            weight(32, 128),
+            weight(384, 32),
+            weight(32, 192),
+            weight(128, 32),
+        ],
+        [index, normal(4, 384, 128, scale=128**-0.5), normal(4, 128, 192, scale=192**-0.5)],
     )
     yield OpCase(
         "linear_cross_entropy",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from .errors import OptionError, UnknownPatchError
 
@@ -59,78 +59,132 @@ class Patch:
 _PATCHES = "fast_unsloth_patch.patches"
 
 
-def _decoder(family: str, prefix: str, attention: str) -> tuple[Patch, ...]:
-    """The rows of a family that is written like Llama: ``attention`` is the builder of its attention's forward."""
+class _Part(NamedTuple):
+    """A row of a family of models: what is the same for every family that has it."""
 
-    def row(name: str, target: str, builder: str, parameters: str, summary: str) -> Patch:
-        return Patch(
-            id=f"{family}.{name}",
+    name: str
+    target: str  # without the family's prefix
+    builder: str  # in patches/
+    parameters: str
+    summary: str
+
+
+_RMS_NORM = _Part(
+    "rms_norm",
+    "RMSNorm.forward",
+    "decoder:rms_norm_forward",
+    "self hidden_states",
+    "RMSNorm in one kernel, without an fp32 copy of the activations",
+)
+_ATTENTION = _Part(
+    "attention",
+    "Attention.forward",
+    "decoder:attention_forward",
+    "self hidden_states position_embeddings attention_mask past_key_values|cache kwargs",
+    "q, k, v with their LoRA and RoPE as one op",
+)
+_WINDOWED_ATTENTION = _ATTENTION._replace(builder="decoder:windowed_attention_forward")
+_MLP = _Part(
+    "mlp",
+    "MLP.forward",
+    "decoder:mlp_forward",
+    "self x",
+    "gate, up, SwiGLU and down with their LoRA as one op",
+)
+_MOE = _Part(
+    "moe",
+    "SparseMoeBlock.forward",
+    "mixtral:moe_forward",
+    "self hidden_states",
+    "the experts of every token, with their LoRA, as one op of grouped products",
+)
+_LOSS = _Part(
+    "loss",
+    "ForCausalLM.forward",
+    "causal_lm:causal_lm_forward",
+    "self input_ids attention_mask position_ids past_key_values|cache inputs_embeds labels use_cache "
+    "logits_to_keep kwargs",
+    "loss without materialised logits",
+)
+_MOE_LOSS = _LOSS._replace(
+    builder="causal_lm:moe_causal_lm_forward",
+    parameters=_LOSS.parameters.replace("logits_to_keep", "output_router_logits logits_to_keep"),
+)
+_PACKING = _Part(
+    "packing",
+    "Model.forward",
+    "packing:model_forward",
+    "self input_ids attention_mask position_ids past_key_values|cache inputs_embeds use_cache kwargs",
+    "packed documents and padded batches as variable-length attention",
+)
+_DECODER_LAYER = _Part(
+    "decoder_layer",
+    "DecoderLayer.forward",
+    "decoder:decoder_layer_forward",
+    "self hidden_states attention_mask position_ids past_key_values|cache use_cache position_embeddings kwargs",
+    "each residual addition in one pass with its norm or the MLP",
+)
+_MOE_DECODER_LAYER = _DECODER_LAYER._replace(
+    builder="decoder:moe_decoder_layer_forward",
+    parameters="self hidden_states position_embeddings attention_mask position_ids past_key_values|cache kwargs",
+    summary="each residual addition in one pass with its norm or the experts",
+)
+_CHECKPOINTING = _Part(
+    "checkpointing",
+    "DecoderLayer._gradient_checkpointing_func",
+    "checkpointing:checkpointing_func",
+    "",
+    "recompute under gradient checkpointing leaves out what nothing reads",
+)
+
+
+def _family(family: str, prefix: str, *parts: _Part) -> tuple[Patch, ...]:
+    """The rows of ``transformers.models.<family>``, whose classes begin with ``prefix``."""
+    return tuple(
+        Patch(
+            id=f"{family}.{part.name}",
             module=f"transformers.models.{family}.modeling_{family}",
-            target=f"{prefix}{target}",
-            replacement=f"{_PATCHES}.{builder}",
-            kind="forward" if parameters else "checkpoint_property",
+            target=f"{prefix}{part.target}",
+            replacement=f"{_PATCHES}.{part.builder}",
+            kind="forward" if part.parameters else "checkpoint_property",
             requires=("torch", "transformers"),
-            parameters=tuple(parameters.split()),
-            summary=summary,
+            parameters=tuple(part.parameters.split()),
+            summary=part.summary,
         )
+        for part in parts
+    )
 
-    return (
-        row(
-            "rms_norm",
-            "RMSNorm.forward",
-            "decoder:rms_norm_forward",
-            "self hidden_states",
-            "RMSNorm in one kernel, without an fp32 copy of the activations",
-        ),
-        row(
-            "attention",
-            "Attention.forward",
-            f"decoder:{attention}",
-            "self hidden_states position_embeddings attention_mask past_key_values|cache kwargs",
-            "q, k, v with their LoRA and RoPE as one op",
-        ),
-        row(
-            "mlp",
-            "MLP.forward",
-            "decoder:mlp_forward",
-            "self x",
-            "gate, up, SwiGLU and down with their LoRA as one op",
-        ),
-        row(
-            "loss",
-            "ForCausalLM.forward",
-            "causal_lm:causal_lm_forward",
-            "self input_ids attention_mask position_ids past_key_values|cache inputs_embeds labels use_cache "
-            "logits_to_keep kwargs",
-            "loss without materialised logits",
-        ),
-        row(
-            "packing",
-            "Model.forward",
-            "packing:model_forward",
-            "self input_ids attention_mask position_ids past_key_values|cache inputs_embeds use_cache kwargs",
-            "packed documents and padded batches as variable-length attention",
-        ),
-        row(
-            "decoder_layer",
-            "DecoderLayer.forward",
-            "decoder:decoder_layer_forward",
-            "self hidden_states attention_mask position_ids past_key_values|cache use_cache position_embeddings kwargs",
-            "each residual addition in one pass with its norm or the MLP",
-        ),
-        row(
-            "checkpointing",
-            "DecoderLayer._gradient_checkpointing_func",
-            "checkpointing:checkpointing_func",
-            "",
-            "recompute under gradient checkpointing leaves out what nothing reads",
-        ),
+
+def _experts4bit(name: str, method: str, parameters: str, builder: str = "") -> Patch:
+    """A method of transformers' quantiser for bitsandbytes in four bits."""
+    return Patch(
+        id=f"experts4bit.{name}",
+        module="transformers.quantizers.quantizer_bnb_4bit",
+        target=f"Bnb4BitHfQuantizer.{method}",
+        replacement=f"{_PATCHES}.quantize_experts:{builder or method}",
+        requires=("torch", "transformers"),
+        parameters=tuple(parameters.split()),
+        optional="bitsandbytes",
+        summary="load_in_4bit takes Mixtral's experts too, if quantize_experts() was called",
     )
 
 
 PATCHES: tuple[Patch, ...] = (
-    *_decoder("llama", "Llama", "attention_forward"),
-    *_decoder("mistral", "Mistral", "windowed_attention_forward"),
+    *_family("llama", "Llama", _RMS_NORM, _ATTENTION, _MLP, _LOSS, _PACKING, _DECODER_LAYER, _CHECKPOINTING),
+    *_family(
+        "mistral", "Mistral", _RMS_NORM, _WINDOWED_ATTENTION, _MLP, _LOSS, _PACKING, _DECODER_LAYER, _CHECKPOINTING
+    ),
+    *_family(
+        "mixtral",
+        "Mixtral",
+        _RMS_NORM,
+        _WINDOWED_ATTENTION,
+        _MOE,
+        _MOE_LOSS,
+        _PACKING,
+        _MOE_DECODER_LAYER,
+        _CHECKPOINTING,
+    ),
     Patch(
         id="peft.linear",
         module="peft.tuners.lora.layer",
@@ -159,6 +213,13 @@ PATCHES: tuple[Patch, ...] = (
         parameters=("self", "x"),
         summary="the same over gptqmodel's GPTQ weights",
     ),
+    _experts4bit(
+        "before", "_process_model_before_weight_loading", "self model device_map kwargs", "before_weight_loading"
+    ),
+    _experts4bit("selection", "param_needs_quantization", "self model param_name kwargs"),
+    _experts4bit("quantize", "get_quantize_ops", "self"),
+    _experts4bit("after", "_process_model_after_weight_loading", "self model kwargs", "after_weight_loading"),
+    _experts4bit("dequantize", "_dequantize", "self model dtype", "dequantize"),
 )
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # Patches of the checkpointed region: they have no backward of their own, their second half is the recomputation.
 _CHECKPOINTING = ".checkpointing"
 _PACKING = ".packing"
+# What happens while a model is loaded, and only if the script has asked for it.
+_LOADING = "experts4bit."
 
 # Reasons to run stock of forwards that are not training.
 _NO_TRAINING = {"eval", "disabled", "keep_stock"}
@@ -163,6 +165,8 @@ class Row:
             return None
         if self.state != "applied":
             return f"{self.state}: {self.reason}" if self.reason else self.state
+        if self.id.startswith(_LOADING):
+            return None
         stock = ", ".join(f"{reason} ({count}x)" for reason, count in self.fallbacks.items())
         if self.forward:
             return "forward was fast, but no backward ran" + (f"; stock: {stock}" if stock else "")

@@ -21,14 +21,23 @@ import torch
 
 from fast_unsloth_patch import ops, weights
 from fast_unsloth_patch.device import launch as _launch
+from fast_unsloth_patch.ops._expert_kernels import weighted_swiglu_bwd
 from fast_unsloth_patch.ops.dropout import dropout_bits
 from fast_unsloth_patch.ops.gemm import Update, gemm, gemm_dx, gemm_swiglu
+from fast_unsloth_patch.ops.grouped_gemm import (
+    GroupedUpdate,
+    grouped_gemm,
+    grouped_gemm_dx,
+    grouped_gemm_swiglu,
+    grouped_outer,
+)
 from fast_unsloth_patch.ops.linear_cross_entropy import cross_entropy_chunk
 from fast_unsloth_patch.ops.lora_linear import Adapter, Projection, lora_linear
 from fast_unsloth_patch.ops.lora_mlp import lora_mlp
 from fast_unsloth_patch.ops.lora_qkv import lora_qkv
 from fast_unsloth_patch.ops.rms_norm import rms_norm
 from fast_unsloth_patch.ops.rope import rope
+from fast_unsloth_patch.ops.routing import Routing, combine, gather, route
 from fast_unsloth_patch.ops.swiglu import swiglu, swiglu_bwd
 from fast_unsloth_patch.weights.gptq import GPTQWeight
 from fast_unsloth_patch.weights.nf4 import Nested, Nf4Weight
@@ -54,7 +63,7 @@ class Case(NamedTuple):
 
     def of_a_model(self) -> bool:
         """Is it one that training of a Llama in bf16 has at its usual rank?"""
-        return self.origin.startswith(("8B", "1B"))
+        return self.origin.startswith(("8B", "1B", "8x7B"))
 
     def specialisation(self) -> tuple[Any, ...]:
         """All but the origin."""
@@ -286,6 +295,52 @@ def _gemms(tokens: int, rank: int, dtype: torch.dtype) -> None:
     gemm_dx(x, [q], addend=x)
 
 
+def _grouped(rows: int, slots: int, dtype: torch.dtype, hidden: int, intermediate: int) -> None:
+    """What eight experts with adapters multiply, forward and backward; two by two where their weights are packed."""
+
+    class Packed(NamedTuple):
+        shape: torch.Size
+        dtype: torch.dtype
+        device: torch.device
+
+        def dequantize(self, first: int, count: int, out: Any = None, dtype: Any = None) -> Any:
+            return out
+
+    def integers(*shape: int) -> torch.Tensor:
+        return _meta(*shape, dtype=torch.int32, grad=False)
+
+    routing = Routing(integers(rows), integers(rows // 4, 2), integers(8), integers(rows // 128), 128)
+    make = functools.partial(torch.empty, dtype=dtype, device="meta")
+    for n, k in ((2 * intermediate, hidden), (hidden, intermediate)):
+        x, dy, u, dense = make(rows, k), make(rows, n), make(rows, slots), make(8, n, k)
+        a, b = make(8, slots, k), make(8, n, slots)
+        for weight in (dense, Packed(dense.shape, dtype, dense.device)):
+            for update in (GroupedUpdate(u, b), None):
+                grouped_gemm(x, weight, routing, update=update)
+                grouped_gemm_swiglu(x, weight, routing, update=update)
+            for update in (GroupedUpdate(u, a), None):
+                grouped_gemm_dx(dy, weight, routing, update=update)
+        grouped_gemm(x, a, routing)
+        grouped_gemm_dx(dy, b, routing)
+        for result in (dtype, FP32):
+            grouped_outer(u, x, routing, result)
+            grouped_outer(dy, u, routing, result)
+
+
+def _experts(
+    tokens: int, k: int, experts: int, block: int, dtype: torch.dtype, index: torch.dtype, intermediate: int
+) -> None:
+    """Tokens to the rows of their experts and back, and what is between the products, forward and backward."""
+    routing = route(_meta(tokens, k, dtype=index, grad=False), experts, block)
+    x, weights = _meta(tokens, 4096, dtype=dtype, grad=False), _meta(tokens, k, dtype=FP32, grad=False)
+    z = gather(x, routing)
+    combine(z, routing, weights, x)
+    gather(x, routing, weights)
+    combine(z, routing)
+    dh, gu = z.new_empty(z.shape[0], intermediate), z.new_empty(z.shape[0], 2 * intermediate)
+    weighted_swiglu_bwd(dh, gu, gu, routing.pairs, weights.view(-1))
+
+
 def scenarios() -> Iterator[tuple[str, torch.dtype | None, Callable[[], None]]]:
     """Calls that between them choose every configuration: (what it is, autocast's dtype or None, the call)."""
     for name, layer in _layers():
@@ -299,6 +354,15 @@ def scenarios() -> Iterator[tuple[str, torch.dtype | None, Callable[[], None]]]:
         yield f"adapters of two dtypes, dropout {p}", BF16, call
     for name, rank, dtype in (("8B, ", 16, BF16), ("8B, ", 32, BF16), ("", 64, FP16)):
         yield f"{name}GEMMs of rank {rank}", None, lambda rank=rank, dtype=dtype: _gemms(8192, rank, dtype)
+    for name, slots, dtype in (("8x7B, ", 16, BF16), ("8x7B, ", 32, BF16), ("", 64, FP16)):
+        sizes = (17280, slots, dtype, 4096, 14336)
+        yield f"{name}experts of {slots} slots", None, lambda sizes=sizes: _grouped(*sizes)
+    for name, *sizes, dtype, index, width in (
+        ("8x7B experts", 8192, 2, 8, 128, BF16, torch.int64, 14336),
+        ("8x7B experts, few tokens", 511, 2, 8, 64, FP16, torch.int64, 14336),
+        ("many experts", 511, 8, 256, 16, FP32, torch.int32, 768),
+    ):
+        yield name, None, lambda sizes=(*sizes, dtype, index, width): _experts(*sizes)
     yield "other ops, small", None, lambda: _others(7, FP16, 64, 72, 100)
     yield "the widest norm", None, lambda: _others(7, FP32, 32768, 72, 100)
     yield "partial rope", None, lambda: _rope(FP16, FP32, 24, 3, 80, 32)

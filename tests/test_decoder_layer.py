@@ -471,13 +471,13 @@ def test_fsdp2_by_decoder_layer(family, when, one_process, monkeypatch):
 def by_wraps(forward):
     @functools.wraps(forward)
     def wrapper(self, *args, **kwargs):
-        return forward(self, *args, **kwargs).sigmoid()
+        return forward(self, *args, **kwargs).tanh()
 
     return wrapper
 
 
 def by_wrapt(forward):
-    return wrapt.FunctionWrapper(forward, lambda wrapped, _, args, kwargs: wrapped(*args, **kwargs).sigmoid())
+    return wrapt.FunctionWrapper(forward, lambda wrapped, _, args, kwargs: wrapped(*args, **kwargs).tanh())
 
 
 @pytest.mark.parametrize("checkpoint", [None, True, False])

@@ -461,10 +461,13 @@ assert "monkey_patching maps LlamaMLP" in fup.apply()["llama.mlp"].reason
 """
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mistral"])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Mixtral"])
 @pytest.mark.parametrize("order", ["apply first", "apply last"])
 def test_every_row_of_the_registry(run_python, order, family):
     code = REAL + (APPLY_FIRST if order == "apply first" else APPLY_LAST)
+    if family == "Mixtral":  # Its experts stand for the MLP, and PEFT's LoRA on them is no linear layer.
+        code = code.replace("LlamaMLP", "LlamaSparseMoeBlock").replace("llama.mlp", "llama.moe")
+        code = code.replace("down_proj", "o_proj")
     code = code.replace("Llama", family).replace("llama", family.lower())
     done = run_python(code, env={"FAST_UNSLOTH_LOG": "0"})
     assert done.returncode == 0, done.stderr[-4000:]

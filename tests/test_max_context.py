@@ -16,8 +16,8 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 # not left on the path: see test_benchmarks.py
 sys.path.insert(0, str(BENCHMARKS))
 try:
-    max_context, records, report, shapes, training, workers = map(
-        importlib.import_module, ("max_context", "records", "report", "shapes", "training", "workers")
+    max_context, records, report, setups, shapes, training, workers = map(
+        importlib.import_module, ("max_context", "records", "report", "setups", "shapes", "training", "workers")
     )
 finally:
     sys.path.remove(str(BENCHMARKS))
@@ -218,7 +218,7 @@ def test_what_makes_a_search_fail():
 def test_plan_has_the_arms_of_the_comparison():
     plan = max_context.read_plan(max_context.PLAN, "expandable_segments:True")
     arms = {label: arm for label, (arm, _) in plan.items()}
-    assert {arm.impl for arm in arms.values()} == set(shapes.SETUPS)
+    assert {arm.impl for arm in arms.values()} == set(setups.SETUPS)
     assert arms["fast offload"].recompute == "offload" and arms["unsloth offload"].unsloth_gc == "unsloth"
     assert all(arm.env == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} for arm in arms.values())
     assert all(hint % 1024 == 0 for _, hint in plan.values())

@@ -7,6 +7,7 @@ kept layer, at 8192 tokens.
 from __future__ import annotations
 
 import gc
+import os
 from functools import partial
 
 import pytest
@@ -19,6 +20,8 @@ from fast_unsloth_patch.patches import budget, checkpointing
 from fast_unsloth_patch.status import tally
 
 pytestmark = pytest.mark.gpu
+# Without it cuBLAS refuses deterministic products; looked at once in a process, at the first of them.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 TALLY = tally("llama.checkpointing")
 WIDTH = 1024
@@ -37,18 +40,19 @@ def clean():
         torch.cuda.reset_peak_memory_stats()
 
     reset()
-    # The same bits twice: flash attention's backward adds in any order unless it is told not to, cuDNN's always.
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # The same bits twice: flash attention's backward adds in any order unless it is told not to (with warn_only it only
+    # warns), cuDNN's always.
+    torch.use_deterministic_algorithms(True)
     with patched(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         yield
     torch.use_deterministic_algorithms(False)
     reset()
 
 
-def build(use_reentrant=False, layers=8):
+def build(use_reentrant=False, layers=8, adapter_dtype=None):
     config = {"hidden_size": WIDTH, "intermediate_size": 2816, "num_attention_heads": 8, "num_hidden_layers": layers}
     with torch.device("cuda"):
-        model = lora(llama(torch.bfloat16, max_position_embeddings=8192, **config))
+        model = lora(llama(torch.bfloat16, max_position_embeddings=8192, **config), adapter_dtype=adapter_dtype)
     model.enable_input_require_grads()
     function = partial(checkpoint, use_reentrant=use_reentrant)
     model.get_base_model()._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
@@ -70,6 +74,11 @@ def train(model, shapes, seed=0):
     return recomputed, [p.detach().clone() for p in model.parameters() if p.requires_grad]
 
 
+def assert_same_bits(got, wanted):
+    far = {i: (a - b).abs().max().item() for i, (a, b) in enumerate(zip(got, wanted)) if not torch.equal(a, b)}
+    assert len(got) == len(wanted) and not far, f"{len(far)} of {len(wanted)} adapters differ: {far}"
+
+
 def under(policy, shapes, **options):
     """A fresh model trained under ``policy``; peak bytes and reserved bytes besides."""
     checkpointing.set_policy("stock")
@@ -81,13 +90,27 @@ def under(policy, shapes, **options):
     return recomputed, adapters, torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-def test_auto_keeps_layers_where_memory_is_free(use_reentrant):
-    shapes = [(2, 2048)] * 10
-    _, wanted, full, _ = under("full", shapes, use_reentrant=use_reentrant)
-    recomputed, got, auto, _ = under("auto", shapes, use_reentrant=use_reentrant)
+both_kinds = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+# PEFT's default over a bf16 model are fp32 adapters; with bf16 ones the persistent GEMM runs.
+adapters = pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+@adapters
+def test_two_runs_have_the_same_bits(adapter_dtype):
+    """What all the others stand on: if this fails, it is not the policies that differ."""
+    shapes = [(2, 2048)] * 3
+    runs = [under("full", shapes, adapter_dtype=adapter_dtype)[1] for _ in range(2)]
+    assert_same_bits(*runs)
+
+
+@both_kinds
+@adapters
+def test_auto_keeps_layers_where_memory_is_free(adapter_dtype, use_reentrant):
+    shapes, options = [(2, 2048)] * 10, {"use_reentrant": use_reentrant, "adapter_dtype": adapter_dtype}
+    _, wanted, full, _ = under("full", shapes, **options)
+    recomputed, got, auto, _ = under("auto", shapes, **options)
     assert recomputed[:2] == [8, 8] and recomputed[-1] == 0
-    assert all(torch.equal(a, b) for a, b in zip(got, wanted))
+    assert_same_bits(got, wanted)
     assert auto > full + 200 * MIB
     assert "8 of 8 layers kept on cuda:0" in checkpointing.describe()
 
@@ -104,7 +127,7 @@ def test_auto_never_runs_out_where_full_fits(slack):
     under("full", shapes)
     recomputed, got, _, used = under("auto", shapes)
     assert used <= cap + MIB
-    assert all(torch.equal(a, b) for a, b in zip(got, wanted))
+    assert_same_bits(got, wanted)
     if slack >= 1.5:
         assert min(recomputed[-18:]) < 8, "layers are kept where there is room"
     print(f"\ncap {cap / MIB:.0f} MiB, used {used / MIB:.0f}: {recomputed}\n{checkpointing.describe()}")
@@ -129,18 +152,20 @@ def test_limit_is_the_fraction_and_what_the_device_has():
     seen = budget.memory_of(torch.device("cuda", 0))
     assert abs(seen.limit - (free + torch.cuda.memory_reserved())) < 64 * MIB
     torch.cuda.set_per_process_memory_fraction(0.02)
-    assert budget.memory_of(torch.device("cuda", 0)).limit == int(0.02 * total)
+    assert budget.memory_of(torch.device("cuda", 0)).limit == pytest.approx(0.02 * total, abs=1)
     assert (seen.allocated, seen.peak) == (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated())
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-def test_offload(use_reentrant):
+@both_kinds
+@adapters
+def test_offload(adapter_dtype, use_reentrant):
     layers, shapes = 16, [(2, 4096)] * 4
     held = 2 * 4096 * WIDTH * 2
-    _, wanted, full, _ = under("full", shapes, use_reentrant=use_reentrant, layers=layers)
-    recomputed, got, offloaded, _ = under("offload", shapes, use_reentrant=use_reentrant, layers=layers)
+    options = {"use_reentrant": use_reentrant, "adapter_dtype": adapter_dtype, "layers": layers}
+    _, wanted, full, _ = under("full", shapes, **options)
+    recomputed, got, offloaded, _ = under("offload", shapes, **options)
     assert recomputed == [layers] * 4
-    assert all(torch.equal(a, b) for a, b in zip(got, wanted))
+    assert_same_bits(got, wanted)
     # All inputs but the three that may be on the GPU at once.
     assert full - offloaded > 0.9 * (layers - 3) * held
     (host,) = checkpointing._runner.hosts.values()
@@ -155,13 +180,17 @@ def test_offload_in_the_forward_has_two_inputs_on_the_gpu():
     seen = []
     for layer in model.get_base_model().model.layers:
         layer.register_forward_pre_hook(lambda *_: seen.append(torch.cuda.memory_allocated()))
+    train(model, [(2, 4096)])  # what libraries allocate once
+    seen.clear()
     train(model, [(2, 4096)])
-    # Between layers the host is far ahead of the GPU; the memory must not be.
-    assert max(seen) - seen[0] <= 3 * held + MIB
+    # Between layers the host is far ahead of the GPU; the memory must not be. Beside its input a layer leaves u of its
+    # adapters, in fp32, for its recompute; before transformers 5.23 hooks run in that too.
+    low = 2 * 4096 * 7 * 16 * 4
+    assert max(memory - i * low for i, memory in enumerate(seen[:layers])) - seen[0] <= 3 * held + MIB
 
 
 def test_offload_with_growing_rows():
     shapes = [(1, 1024), (1, 4096), (2, 4096), (1, 2048)]
     _, wanted, _, _ = under("full", shapes)
     _, got, _, _ = under("offload", shapes)
-    assert all(torch.equal(a, b) for a, b in zip(got, wanted))
+    assert_same_bits(got, wanted)

@@ -1,4 +1,4 @@
-"""Tiny Llamas and Mistrals, plain or with LoRA, the registry's patches on or off, and runs of both to compare."""
+"""Tiny Llamas, Mistrals, Mixtrals, plain or with LoRA, the patches on or off, and runs of both arms to compare."""
 
 from __future__ import annotations
 
@@ -13,17 +13,35 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedConfig
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedConfig,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fast_unsloth_patch.install import is_absent, put
 from fast_unsloth_patch.registry import MISSING, PATCHES
 from fast_unsloth_patch.status import tally
 
+# Those with a dense MLP; Mixtral, which has experts in its place, is tested beside them.
 FAMILIES = ("llama", "mistral")
-_OF_A_FAMILY = ("rms_norm", "attention", "mlp", "decoder_layer", "checkpointing")
-FORWARDS = (*(f"{family}.{name}" for family in FAMILIES for name in _OF_A_FAMILY), "peft.linear")
+# What the patch of a layer's second half is called.
+MLP = {"llama": "mlp", "mistral": "mlp", "mixtral": "moe"}
+FORWARDS = (
+    *(
+        f"{family}.{name}"
+        for family, mlp in MLP.items()
+        for name in ("rms_norm", "attention", mlp, "decoder_layer", "checkpointing")
+    ),
+    "peft.linear",
+)
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ATTENTION = ALL[:4]
 # Decoder layers of a tiny model.
 LAYERS = 2
 # From 5.23 on transformers checkpoints a layer's forward, before that the call of the layer with its hooks.
@@ -98,8 +116,15 @@ def mistral(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any)
     return _filled(MistralForCausalLM(MistralConfig(**{**_TINY, **overrides})), dtype)
 
 
+def mixtral(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> MixtralForCausalLM:
+    """The same with four experts, of which each token takes two."""
+    torch.manual_seed(seed)
+    size = {"intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2}
+    return _filled(MixtralForCausalLM(MixtralConfig(**{**_TINY, **size, **overrides})), dtype)
+
+
 def causal_lm(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any):
-    return {"llama": llama, "mistral": mistral}[family](dtype, seed, **overrides)
+    return {"llama": llama, "mistral": mistral, "mixtral": mixtral}[family](dtype, seed, **overrides)
 
 
 def _filled(model, dtype: torch.dtype):
@@ -115,8 +140,9 @@ def _filled(model, dtype: torch.dtype):
 
 
 def lora(model, *, adapter_dtype: torch.dtype | None = None, seed: int = 1, **overrides: Any):
-    """PEFT's LoRA on every projection, with a B that is not zero."""
-    values: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": list(ALL), "lora_dropout": 0.0}
+    """PEFT's LoRA on every projection (of Mixtral: of its attention), with a B that is not zero."""
+    targets = ATTENTION if family_of(model) == "mixtral" else ALL
+    values: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": list(targets), "lora_dropout": 0.0}
     model = get_peft_model(model, LoraConfig(**{**values, **overrides}))
     fill_adapters(model, seed, adapter_dtype)
     return model.train()
@@ -164,7 +190,10 @@ def run(
 def oracle(model, inputs: dict[str, Any], **kwargs: Any) -> Result:
     """The stock step in float64, from the same weights. Call it with no patch installed."""
     kwargs.pop("autocast", None)
-    return run(copy.deepcopy(model).double(), inputs, **kwargs)
+    model = copy.deepcopy(model).double()
+    if family_of(model) == "mixtral":  # torch's grouped product knows no float64.
+        (model.get_base_model() if hasattr(model, "peft_config") else model).config._experts_implementation = "eager"
+    return run(model, inputs, **kwargs)
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -233,7 +262,7 @@ def check(
     fast, stock, forward, _ = both(model, inputs, **kwargs)
     assert_same(fast, stock, tolerance)
     family = family_of(model)
-    names = (*(f"{family}.{name}" for name in ("rms_norm", "attention", "mlp", "decoder_layer")), "peft.linear")
+    names = (*(f"{family}.{name}" for name in ("rms_norm", "attention", MLP[family], "decoder_layer")), "peft.linear")
     assert tuple(forward[name] for name in names) == (
         norm,
         attention,
@@ -247,7 +276,7 @@ def check(
 
 
 def family_of(model) -> str:
-    """``"llama"`` or ``"mistral"``, of a model in whatever wrapper."""
+    """``"llama"``, ``"mistral"`` or ``"mixtral"``, of a model in whatever wrapper."""
     return next(
         m.config.model_type for m in model.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)
     )

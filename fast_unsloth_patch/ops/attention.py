@@ -6,7 +6,7 @@ the aten operator that ``torch.nn.attention.varlen.varlen_attn`` wraps. That mod
 call; the operator has had one signature since torch 2.9, a derivative of its own, and serves grouped heads and windows
 throughout. Whoever activates FlashAttention-3 or 4 in torch (``activate_flash_attention_impl``) replaces the same
 operator, and so what runs here. As stock's flash attention does, backward adds into dq in no fixed order unless
-``torch.use_deterministic_algorithms`` is on.
+``torch.use_deterministic_algorithms(True)`` is set (with ``warn_only`` PyTorch only warns).
 """
 
 from __future__ import annotations

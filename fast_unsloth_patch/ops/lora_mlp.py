@@ -207,6 +207,12 @@ def _swiglu_forward(gu: torch.Tensor, u: torch.Tensor | None, group: list[Operan
     return h
 
 
+def swiglu_of(gu: torch.Tensor) -> torch.Tensor:
+    """h [T, I] = silu(gate) * up from gate and up side by side [T, 2 I], rounded once."""
+    none = Operands(gu, None, None, None, None, 0.0, 0.0)
+    return _swiglu_forward(gu, None, [none, none])
+
+
 def _swiglu_backward(dh, gu, dgu, u, group, op_down, du, masks):
     """Fills dgu [T, 2 I] (which may be gu) and turns dh [T, I] into h; adds the update of ``op_down`` to dh first if
     du is given.
@@ -239,7 +245,8 @@ def _swiglu_backward(dh, gu, dgu, u, group, op_down, du, masks):
     launch(_swiglu_bwd_kernel, _grid(tokens, width, tiles), args, consts, num_warps=4)
 
 
-def _second_backward_possible() -> bool:
+def second_backward_possible() -> bool:
+    """In a backward: whether the graph is kept, so that what was saved must not be overwritten."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
@@ -320,7 +327,7 @@ class LoraMLP(Function):
             if du_left is not None and use_triton(h) and rank_slots(op_down.a.shape[0]) > _MAX_FUSED_SLOTS:  # type: ignore[union-attr]
                 expand(du_left, on_input([op_down], masks_down), dtypes.low, h, add=True)
                 du_left = None
-            dgu = torch.empty_like(gu) if _second_backward_possible() else gu
+            dgu = torch.empty_like(gu) if second_backward_possible() else gu
             _swiglu_backward(
                 h,
                 gu,

@@ -9,13 +9,15 @@ TRL's trainers put their own loss head on the *instance*, so they never come her
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.loss import loss_utils
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from ..ops.linear_cross_entropy import compute_dtype, linear_cross_entropy, prepare_labels
 from ..status import Tally
@@ -34,6 +36,11 @@ _LOSS_ARGUMENTS = frozenset(
     ("label_smoothing", "logits", "output_logits", "reduction", "source", "target", "vocab_size", "weight")
 )
 
+# Where stock finds the size of the vocabulary that it tells the loss.
+_VocabSize = Callable[[Any], int]
+_CONFIGURED: _VocabSize = attrgetter("config.vocab_size")
+_OWN: _VocabSize = attrgetter("vocab_size")
+
 
 def _head_reason(head: Any) -> str | None:
     """Why ``head`` must be called as a module, or None."""
@@ -49,7 +56,9 @@ def _head_reason(head: Any) -> str | None:
     return None
 
 
-def _loss_reason(model: Any, labels: torch.Tensor, logits_to_keep: Any, kwargs: dict[str, Any]) -> str | None:
+def _loss_reason(
+    model: Any, labels: torch.Tensor, logits_to_keep: Any, vocab_size: _VocabSize, kwargs: dict[str, Any]
+) -> str | None:
     """Why the loss of this call is not the standard one, or None."""
     if (
         model.loss_function is not _STOCK_LOSS
@@ -71,12 +80,14 @@ def _loss_reason(model: Any, labels: torch.Tensor, logits_to_keep: Any, kwargs: 
             return "labels are not int64"
     if shifted is None and labels.dim() == 0:
         return "labels are not int64"
-    if model.config.vocab_size != model.lm_head.weight.shape[0]:
+    if vocab_size(model) != model.lm_head.weight.shape[0]:
         return "vocab_size"
     return None
 
 
-def _why_stock(model: Any, labels: Any, logits_to_keep: Any, kwargs: dict[str, Any]) -> str | None:
+def _why_stock(
+    model: Any, labels: Any, logits_to_keep: Any, vocab_size: _VocabSize, kwargs: dict[str, Any]
+) -> str | None:
     """Why this call must run stock from the start, or None."""
     if torch.compiler.is_compiling():
         return guards.blocked(model, None)
@@ -92,7 +103,7 @@ def _why_stock(model: Any, labels: Any, logits_to_keep: Any, kwargs: dict[str, A
         return "evaluation"
     if getattr(model, "_is_replica", False):
         return "DataParallel"
-    reason = _head_reason(head) or _loss_reason(model, labels, logits_to_keep, kwargs)
+    reason = _head_reason(head) or _loss_reason(model, labels, logits_to_keep, vocab_size, kwargs)
     if reason is not None:
         return reason
     if reads_logits(model):
@@ -126,7 +137,6 @@ def causal_lm_forward(stock: Callable, tally: Tally) -> Callable:
         logits that are computed on access, with ``return_dict=False`` as a tuple; in all other cases it returns what
         ``stock`` returns.
     """
-
     cache_argument = guards.cache_argument(stock)
 
     def forward(
@@ -142,66 +152,20 @@ def causal_lm_forward(stock: Callable, tally: Tally) -> Callable:
         **kwargs,
     ):
         by_old_name = kwargs.pop("past_key_values", None)
-        if cache is None:
-            cache = by_old_name
-        reason = _why_stock(self, labels, logits_to_keep, kwargs)
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            cache_argument: by_old_name if cache is None else cache,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+        }
+        reason = _why_stock(self, labels, logits_to_keep, _CONFIGURED, kwargs)
         if reason is not None:
             tally.fall_back(reason)
-            return stock(
-                self,
-                input_ids,
-                attention_mask,
-                position_ids,
-                cache,
-                inputs_embeds,
-                labels,
-                use_cache,
-                logits_to_keep,
-                **kwargs,
-            )
-        # As stock's decorator `can_return_tuple`: an argument outranks the configuration, and the layers never see it.
-        return_dict = kwargs.pop("return_dict", None)
-        if return_dict is None:
-            return_dict = self.config.return_dict
-        head = self.lm_head
-        # Before the layers: see `Kept.count`.
-        kept = prepare_labels(
-            labels,
-            kwargs.get("shift_labels"),
-            vocab_size=head.weight.shape[0],
-            ignore_index=kwargs.get("ignore_index", -100),
-            device=head.weight.device,
-        )
-        padding = padding_of(
-            self.model, attention_mask, labels, kwargs.get("shift_labels"), kwargs.get("ignore_index", -100)
-        )
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **{cache_argument: cache},
-            **kwargs,
-            **({} if padding is None else {PADDING: padding}),
-        )
-        hidden = outputs.last_hidden_state
-        reason = _why_stock_head(hidden, head.weight, kept.total)
-        if reason is None:
-            tally.hit()
-            loss = linear_cross_entropy(
-                hidden.flatten(0, 1),
-                head.weight,
-                None,
-                num_items=kwargs.get("num_items_in_batch"),
-                kept=kept,
-                tally=tally,
-            )
-            logits = lazy_logits(self, hidden, head.weight, compute_dtype(hidden))
-        else:
-            tally.fall_back(reason)
-            logits = head(hidden)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            return stock(self, **given, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+        return_dict = _return_dict(self, kwargs)
+        outputs, loss, logits = _loss_and_logits(self, given, labels, _CONFIGURED, kwargs, tally)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -212,3 +176,112 @@ def causal_lm_forward(stock: Callable, tally: Tally) -> Callable:
         return output if return_dict else output.to_tuple()
 
     return forward
+
+
+def moe_causal_lm_forward(stock: Callable, tally: Tally) -> Callable:
+    """Build the forward that stands for ``MixtralForCausalLM.forward``.
+
+    As `causal_lm_forward`; where router logits are asked for, by argument or configuration, the loss that balances the
+    experts is computed from them and added as stock does it.
+    """
+    modeling = sys.modules[stock.__module__]
+    cache_argument = guards.cache_argument(stock)
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        cache=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        output_router_logits=None,
+        logits_to_keep=0,
+        **kwargs,
+    ):
+        by_old_name = kwargs.pop("past_key_values", None)
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            cache_argument: by_old_name if cache is None else cache,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+            "output_router_logits": output_router_logits,
+        }
+        reason = _why_stock(self, labels, logits_to_keep, _OWN, kwargs)
+        if reason is not None:
+            tally.fall_back(reason)
+            return stock(self, **given, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+        return_dict = _return_dict(self, kwargs)
+        if output_router_logits is None:
+            given["output_router_logits"] = output_router_logits = self.config.output_router_logits
+        outputs, loss, logits = _loss_and_logits(self, given, labels, _OWN, kwargs, tally)
+        aux_loss = None
+        if output_router_logits:
+            # Looked up at each call, as the stock forward does: scripts put their own in its place.
+            aux_loss = modeling.load_balancing_loss_func(
+                outputs.router_logits, self.num_experts, self.num_experts_per_tok, attention_mask
+            )
+            # In place, so that its dtype and shape stay.
+            loss += self.router_aux_loss_coef * aux_loss.to(loss.device)
+        output = MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            **{cache_argument: getattr(outputs, cache_argument)},
+        )
+        return output if return_dict else output.to_tuple()
+
+    return forward
+
+
+def _return_dict(model: Any, kwargs: dict[str, Any]) -> bool:
+    """As stock's decorator `can_return_tuple`: an argument outranks the configuration, and the layers never see it."""
+    return_dict = kwargs.pop("return_dict", None)
+    return model.config.return_dict if return_dict is None else return_dict
+
+
+def _loss_and_logits(
+    model: Any,
+    given: dict[str, Any],
+    labels: torch.Tensor,
+    vocab_size: _VocabSize,
+    kwargs: dict[str, Any],
+    tally: Tally,
+) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """Run the base model, and the head and the loss after it.
+
+    Args:
+        model: the ``*ForCausalLM``; `_why_stock` has found nothing.
+        given: inputs of the base model.
+        labels, kwargs: what the loss is given; ``kwargs`` go to the base model too.
+        vocab_size: where stock finds what it tells the loss.
+        tally: counters of the patch.
+    Returns:
+        The base model's output, the loss, the logits.
+    """
+    head = model.lm_head
+    ignore_index, shift_labels = kwargs.get("ignore_index", -100), kwargs.get("shift_labels")
+    # Before the layers: see `Kept.count`.
+    kept = prepare_labels(
+        labels, shift_labels, vocab_size=head.weight.shape[0], ignore_index=ignore_index, device=head.weight.device
+    )
+    padding = padding_of(model.model, given["attention_mask"], labels, shift_labels, ignore_index)
+    outputs = model.model(**given, **kwargs, **({} if padding is None else {PADDING: padding}))
+    hidden = outputs.last_hidden_state
+    reason = _why_stock_head(hidden, head.weight, kept.total)
+    if reason is not None:
+        tally.fall_back(reason)
+        logits = head(hidden)
+        loss = model.loss_function(logits=logits, labels=labels, vocab_size=vocab_size(model), **kwargs)
+        return outputs, loss, logits
+    tally.hit()
+    loss = linear_cross_entropy(
+        hidden.flatten(0, 1), head.weight, None, num_items=kwargs.get("num_items_in_batch"), kept=kept, tally=tally
+    )
+    return outputs, loss, lazy_logits(model, hidden, head.weight, compute_dtype(hidden))

@@ -92,7 +92,9 @@ def attention_forward(stock: Callable, tally: Tally) -> Callable:
 
 
 def windowed_attention_forward(stock: Callable, tally: Tally) -> Callable:
-    """Of attention that tells the attention function ``config.sliding_window``: Mistral's. See `_attention_forward`."""
+    """Of attention that tells the attention function ``config.sliding_window``: Mistral's and Mixtral's. See
+    `_attention_forward`.
+    """
     return _attention_forward(stock, tally, windowed=True)
 
 
@@ -236,11 +238,8 @@ def mlp_forward(stock: Callable, tally: Tally) -> Callable:
 
 
 def decoder_layer_forward(stock: Callable, tally: Tally) -> Callable:
-    """``h = x + attention(norm(x))``, ``h + mlp(norm(h))``: each addition in the pass of the norm or the MLP beside it.
-
-    Attention is called as the module it is. The norms and the MLP are entered past their ``__call__`` where nothing
-    hangs on it: their patches are on, and nobody has hooked them; otherwise they are called as modules too.
-    """
+    """Of a layer with Llama's order of arguments. See `_decoder_layer_forward`."""
+    run = _decoder_layer_forward(stock, tally)
     cache_argument = guards.cache_argument(stock)
 
     def forward(
@@ -255,29 +254,60 @@ def decoder_layer_forward(stock: Callable, tally: Tally) -> Callable:
     ):
         by_old_name = kwargs.pop("past_key_values", None)
         kwargs[cache_argument] = by_old_name if cache is None else cache
+        kwargs["attention_mask"] = attention_mask
+        kwargs["position_ids"] = position_ids
+        kwargs["use_cache"] = use_cache
+        kwargs["position_embeddings"] = position_embeddings
+        return run(self, hidden_states, kwargs)
+
+    forward.ends_with_mlp = True  # type: ignore[attr-defined]
+    return forward
+
+
+def moe_decoder_layer_forward(stock: Callable, tally: Tally) -> Callable:
+    """Of a layer with Mixtral's: position embeddings first, ``use_cache`` among the others. See
+    `_decoder_layer_forward`.
+    """
+    run = _decoder_layer_forward(stock, tally)
+    cache_argument = guards.cache_argument(stock)
+
+    def forward(
+        self, hidden_states, position_embeddings=None, attention_mask=None, position_ids=None, cache=None, **kwargs
+    ):
+        by_old_name = kwargs.pop("past_key_values", None)
+        kwargs[cache_argument] = by_old_name if cache is None else cache
+        kwargs["position_embeddings"] = position_embeddings
+        kwargs["attention_mask"] = attention_mask
+        kwargs["position_ids"] = position_ids
+        return run(self, hidden_states, kwargs)
+
+    forward.ends_with_mlp = True  # type: ignore[attr-defined]
+    return forward
+
+
+def _decoder_layer_forward(stock: Callable, tally: Tally) -> Callable:
+    """``h = x + attention(norm(x))``, ``h + mlp(norm(h))``: each addition in the pass of the norm or the MLP beside it.
+
+    Attention is called as the module it is. The norms and the MLP are entered past their ``__call__`` where nothing
+    hangs on it: their patches are on, and nobody has hooked them; otherwise they are called as modules too.
+
+    The forwards made of it are marked ``ends_with_mlp``, which `checkpointing.output_unused` wants to know of a layer:
+    the MLP's values go into the sum that is returned.
+
+    Returns:
+        A function of the layer, the hidden states, and what else the layer was given, by the names that ``stock`` and
+        attention have for it.
+    """
+
+    def run(self, hidden_states, given):
         reason = guards.blocked(self, hidden_states)
         input_norm = _joined(self, "input_layernorm") if reason is None else None
         if input_norm is None:
             tally.fall_back(reason or "input_layernorm runs by itself")
-            return stock(
-                self,
-                hidden_states,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                use_cache=use_cache,
-                position_embeddings=position_embeddings,
-                **kwargs,
-            )
+            return stock(self, hidden_states, **given)
         tally.hit(checkpointing.recomputing())
         normed, residual = input_norm(hidden_states, None, tally)
-        attn_output, _ = self.self_attn(
-            hidden_states=normed,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=use_cache,
-            position_embeddings=position_embeddings,
-            **kwargs,
-        )
+        attn_output, _ = self.self_attn(hidden_states=normed, **given)
         norm = _joined(self, "post_attention_layernorm")
         if norm is None:
             residual = residual + attn_output
@@ -287,9 +317,7 @@ def decoder_layer_forward(stock: Callable, tally: Tally) -> Callable:
         mlp = _joined(self, "mlp")
         return residual + self.mlp(normed) if mlp is None else mlp(normed, residual)
 
-    # What `checkpointing.output_unused` wants to know of a layer: the MLP's values go into the sum that is returned.
-    forward.ends_with_mlp = True  # type: ignore[attr-defined]
-    return forward
+    return run
 
 
 class _Both(NamedTuple):

@@ -9,7 +9,9 @@ and gets zeros as well. A padded token after a sequence does see something; if t
 
 Any padding is worth it: already the mask costs stock the flash kernel, and what this adds is one pass over the last
 hidden states. A cache would be made of other tokens, so there stock runs, also where nobody asked for the cache but the
-configuration, whose default is ``use_cache=True`` (Trainer sets it to False, checkpointing turns it off).
+configuration, whose default is ``use_cache=True`` (Trainer sets it to False, checkpointing turns it off). What is made
+of all tokens keeps them too: recorded outputs, Mixtral's router logits with the loss that balances its experts, and the
+noise on its routers' input.
 """
 
 from __future__ import annotations
@@ -131,6 +133,12 @@ def _why_padded(call: Call, real: torch.Tensor, asked: torch.Tensor) -> str | No
     """
     if call.option("output_hidden_states"):
         return "hidden states asked for"
+    if call.option("output_router_logits"):
+        return "router logits asked for"
+    if any(call.option(f"output_{name}") for name in getattr(call.model, "_can_record_outputs", None) or ()):
+        return "outputs asked for"
+    if any(getattr(getattr(layer, "mlp", None), "jitter_noise", None) for layer in call.model.layers):
+        return "router jitter"
     if not call.option("return_dict"):
         return "return_dict"
     if getattr(call.model.rotary_emb, "rope_type", "default") in _ROPE_BY_LENGTH:

@@ -300,12 +300,6 @@ def _is_lora_layer(module: nn.Module) -> bool:
 
 def _add_lora(plan: Plan, label: str, state: dict, *, owner: bool) -> str | None:
     """Add the LoRA layer with this ``__dict__``, which may be the owner of the plan."""
-    if state["merged_adapters"]:
-        return "merged"
-    if state["_disable_adapters"]:
-        return "adapters disabled"
-    if not state["cast_input_dtype_enabled"]:
-        return "input cast disabled"
     modules = state["_modules"]
     base = _add_base(plan, label, modules, "base_layer", "base layer", fused=not owner)
     if isinstance(base, str):
@@ -316,24 +310,15 @@ def _add_lora(plan: Plan, label: str, state: dict, *, owner: bool) -> str | None
         _inline(plan, modules, "quant_linear_module", label)
     containers = (modules["lora_A"], modules["lora_B"], modules["lora_dropout"])
     a_modules, b_modules, dropouts = (container.__dict__["_modules"] for container in containers)
-    # A list may be changed in place: keep a copy to compare with.
-    active = state["_active_adapter"] if isinstance(state["_active_adapter"], str) else list(state["_active_adapter"])
-    names = [active] if isinstance(active, str) else active
-    present = [name for name in names if name in a_modules]
-    absent = tuple(name for name in names if name not in a_modules)
+    found = active_adapter(state, a_modules)
+    if isinstance(found, str):
+        return found
     own = None if owner else state
-    if not present:
-        plan.lora.append(tuple(_Lora(own, modules, containers, active, absent, None, 1.0, None, 0.0)))
+    if found.name is None:
+        plan.lora.append(tuple(_Lora(own, modules, containers, found.active, found.absent, None, 1.0, None, 0.0)))
         plan.projections.append(Projection(base.weight, base.bias, None))
         return None
-    if len(present) > 1:
-        return "several active adapters"
-    name = present[0]
-    if name in state["lora_variant"]:
-        return "variant: " + type(state["lora_variant"][name]).__name__.removesuffix("LinearVariant").lower()
-    scaling = state["scaling"][name]
-    if type(scaling) not in (float, int):
-        return f"scaling of type {type(scaling).__name__}"
+    name, scaling = found.name, found.scaling
     a = _add_leaf(plan, label, a_modules, name, "lora_A")
     if isinstance(a, str):
         return a
@@ -353,9 +338,50 @@ def _add_lora(plan: Plan, label: str, state: dict, *, owner: bool) -> str | None
         return reason
     dropout = dropouts[name].__dict__ if type(dropouts[name]) is nn.Dropout else None
     p = 0.0 if dropout is None else _dropout_p(dropout)
-    plan.lora.append(tuple(_Lora(own, modules, containers, active, absent, name, scaling, dropout, p)))
+    plan.lora.append(tuple(_Lora(own, modules, containers, found.active, found.absent, name, scaling, dropout, p)))
     plan.projections.append(Projection(base.weight, base.bias, Adapter(a.weight, b.weight, float(scaling), p, b.bias)))
     return None
+
+
+class Active(NamedTuple):
+    """The adapter that a PEFT LoRA layer applies.
+
+    Args:
+        active: what the layer says, copied: a list may be changed in place.
+        absent: those of them that it has no adapter for.
+        name: the one that it has, or None.
+        scaling: of that one.
+    """
+
+    active: str | list[str]
+    absent: tuple[str, ...]
+    name: str | None
+    scaling: Any
+
+
+def active_adapter(state: dict, a_modules: dict) -> Active | str:
+    """The one active adapter of the layer with this ``__dict__`` and these ``lora_A``, or the reason to run stock."""
+    if state["merged_adapters"]:
+        return "merged"
+    if state["_disable_adapters"]:
+        return "adapters disabled"
+    if not state["cast_input_dtype_enabled"]:
+        return "input cast disabled"
+    active = state["_active_adapter"] if isinstance(state["_active_adapter"], str) else list(state["_active_adapter"])
+    names = [active] if isinstance(active, str) else active
+    present = [name for name in names if name in a_modules]
+    absent = tuple(name for name in names if name not in a_modules)
+    if not present:
+        return Active(active, absent, None, 1.0)
+    if len(present) > 1:
+        return "several active adapters"
+    name = present[0]
+    if name in state["lora_variant"]:
+        return "variant: " + type(state["lora_variant"][name]).__name__.removesuffix("LinearVariant").lower()
+    scaling = state["scaling"][name]
+    if type(scaling) not in (float, int):
+        return f"scaling of type {type(scaling).__name__}"
+    return Active(active, absent, name, scaling)
 
 
 def _dropout_reason(dropout: nn.Module) -> str | None:

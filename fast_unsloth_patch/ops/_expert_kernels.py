@@ -1,0 +1,121 @@
+"""Kernels of the experts' MLP between its grouped products, and PEFT's factors laid out for those."""
+
+from __future__ import annotations
+
+import torch
+
+from ..device.dispatch import use_triton
+from ..device.launch import jit, launch, tl
+from .low_rank import rank_slots, widened
+
+_BLOCK_T, _BLOCK_N = 8, 512
+
+
+@jit(do_not_specialize=["R"])
+def _weighted_swiglu_bwd_kernel(
+    dh_ptr, gu_ptr, dgu_ptr, pairs_ptr, weights_ptr, dw_ptr, R,
+    N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # A program has whole rows, so that the sum over a row needs no second pass. Padding is not read; it becomes zero.
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = rows < R
+    pairs = tl.load(pairs_ptr + rows, mask=inside, other=-1)
+    used = pairs >= 0
+    weight = tl.load(weights_ptr + pairs, mask=used, other=0.0).to(tl.float32)[:, None]
+    total = tl.zeros([BLOCK_T], tl.float32)
+    for start in range(0, N, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        mask, stored = used[:, None] & (cols < N)[None, :], inside[:, None] & (cols < N)[None, :]
+        at = rows[:, None] * (2 * N) + cols[None, :]
+        dh_at = dh_ptr + rows[:, None] * N + cols[None, :]
+        gate = tl.load(gu_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(gu_ptr + at + N, mask=mask, other=0.0).to(tl.float32)
+        dh = tl.load(dh_at, mask=mask, other=0.0).to(tl.float32)
+        sig = tl.sigmoid(gate)
+        silu = gate * sig
+        h = (silu * up).to(dh_ptr.dtype.element_ty)
+        total += tl.sum(h.to(tl.float32) * dh, axis=1)
+        dh *= weight
+        dgate = dh * up * (sig + silu * (1.0 - sig))
+        tl.store(dgu_ptr + at, dgate.to(dgu_ptr.dtype.element_ty), mask=stored)
+        tl.store(dgu_ptr + at + N, (dh * silu).to(dgu_ptr.dtype.element_ty), mask=stored)
+        tl.store(dh_at, h, mask=stored)
+    tl.store(dw_ptr + rows, total, mask=inside)
+
+
+def weighted_swiglu_bwd(
+    dh: torch.Tensor, gu: torch.Tensor, dgu: torch.Tensor, pairs: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Backward of ``w h`` with ``h = silu(gate) * up``, from the gradient that comes before the weight.
+
+    ``dw = <h, dh>``, ``dgate = w dh up silu'(gate)``, ``dup = w dh silu(gate)``. So neither the expert's output nor
+    another product with its weights is needed for the gradient of a routing weight: ``<z, dy> = <h, W_down^T dy>``.
+
+    Args:
+        dh: [R, I], the gradient of the unweighted h; becomes h.
+        gu: [R, 2 I], gate and up.
+        dgu: [R, 2 I], receives dgate and dup; may be gu.
+        pairs: [R] int32: the index in ``weights`` of each row's, -1: none (its gradients are zero).
+        weights: [pairs], float.
+
+    Returns:
+        dw [R] in float32 (float64 for float64 operands).
+    """
+    rows, width = dh.shape
+    if not use_triton(dh):
+        used = (pairs >= 0)[:, None]
+        gate, up = (widened(t).masked_fill(~used, 0.0) for t in gu.split(width, 1))
+        grad = widened(dh).masked_fill(~used, 0.0)
+        weight = widened(weights)[pairs.clamp_min(0).long()][:, None]
+        sig = torch.sigmoid(gate)
+        silu = gate * sig
+        h = (silu * up).to(dh.dtype)
+        dw = (widened(h) * grad).sum(1)
+        grad = grad * weight
+        dgate, dup = grad * up * (sig + silu * (1.0 - sig)), grad * silu
+        dgu[:, :width], dgu[:, width:] = dgate, dup  # only now: dgu may be gu
+        dh.copy_(h)
+        return dw
+    dw = torch.empty(rows, dtype=torch.float32, device=dh.device)
+    if rows:
+        launch(
+            _weighted_swiglu_bwd_kernel, (-(-rows // _BLOCK_T),), (dh, gu, dgu, pairs, weights, dw, rows),
+            (width, _BLOCK_T, _BLOCK_N), num_warps=4,
+        )  # fmt: skip
+    return dw
+
+
+def pack_a(a: torch.Tensor, num_experts: int, scaling: float, dtype: torch.dtype) -> torch.Tensor:
+    """PEFT's A [E * r, K], times its scaling, as [E, slots, K]: zero in the slots beyond the rank."""
+    stack = (a.view(num_experts, -1, a.shape[1]) * scaling).to(dtype)
+    return _padded(stack, 1)
+
+
+def pack_b(b: torch.Tensor, num_experts: int, dtype: torch.dtype) -> torch.Tensor:
+    """PEFT's B [N, r * E], whose columns run over the experts first, as [E, N, slots]."""
+    stack = b.view(b.shape[0], -1, num_experts).permute(2, 0, 1).to(dtype, memory_format=torch.contiguous_format)
+    return _padded(stack.contiguous(), 2)
+
+
+def _padded(stack: torch.Tensor, axis: int) -> torch.Tensor:
+    rank = stack.shape[axis]
+    slots = rank_slots(rank)
+    if slots == rank:
+        return stack
+    shape = list(stack.shape)
+    shape[axis] = slots
+    out = stack.new_zeros(shape)
+    out.narrow(axis, 0, rank).copy_(stack)
+    return out
+
+
+def unpack_a(grad: torch.Tensor, a: torch.Tensor, num_experts: int, scaling: float) -> torch.Tensor:
+    """The gradient [E, slots, K] of the packed A as that of A."""
+    rank = a.shape[0] // num_experts
+    return (grad[:, :rank].reshape(a.shape) * scaling).to(a.dtype)
+
+
+def unpack_b(grad: torch.Tensor, b: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """The gradient [E, N, slots] of the packed B as that of B."""
+    rank = b.shape[1] // num_experts
+    return grad[:, :, :rank].permute(1, 2, 0).reshape(b.shape).to(b.dtype)
