@@ -164,7 +164,6 @@ def _experts4bit(name: str, method: str, parameters: str, builder: str = "") -> 
         replacement=f"{_PATCHES}.quantize_experts:{builder or method}",
         requires=("torch", "transformers"),
         parameters=tuple(parameters.split()),
-        optional="bitsandbytes",
         summary="load_in_4bit takes Mixtral's experts too, if quantize_experts() was called",
     )
 

@@ -256,9 +256,11 @@ class Status:
 
 
 def _lines(family: str, rows: list[Row]) -> list[list[str]]:
-    """The table's lines of one family; a single one while none of its modules is imported."""
-    if len(rows) > 1 and len({row.reason for row in rows}) == 1 and all(row.state == "pending" for row in rows):
-        return [[f"{family}.*", f"{len(rows)} patches", "pending", "0", "0", "0", rows[0].reason]]
+    """The table's lines of one family; a single one while none of its modules is imported, or nobody asked for it."""
+    alike = len(rows) > 1 and len({(row.state, row.reason) for row in rows}) == 1
+    unasked = f"{family}." == _LOADING and rows[0].state == "applied" and not any(row.forward for row in rows)
+    if alike and (rows[0].state == "pending" or unasked):
+        return [[f"{family}.*", f"{len(rows)} patches", rows[0].state, "0", "0", "0", rows[0].reason or "-"]]
     table = []
     for row in rows:
         pending = row.state == "pending"

@@ -114,7 +114,8 @@ def test_variable_patches_the_real_transformers(environment):
     code = PROBE + "import fast_unsloth_patch as f; print(f.status())"
     done = run(python, "-W", "error::UserWarning", "-c", code, variables={"FAST_UNSLOTH": "1"})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("[[], true]") and done.stdout.count(" applied ") == len(LLAMA), done.stdout
+    # Loading a model imports transformers' quantisers: those patches are one line.
+    assert done.stdout.startswith("[[], true]") and done.stdout.count(" applied ") == len(LLAMA) + 1, done.stdout
 
 
 def test_children_inherit(environment, stub):

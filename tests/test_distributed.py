@@ -180,7 +180,8 @@ def whole(case: Case, wrapped: torch.nn.Module, what: str) -> dict[str, torch.Te
 def train(case: Case) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """What is this rank's own, its losses; and the gradients of each step and the final parameters, of all ranks."""
     wrapped = wrap(case, build(case))
-    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-2)
+    # Not Adam, whose first step is of one size in every element: it turns the rounding of small gradients into weights.
+    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
     own, shared = {}, {}
     for step in range(STEPS):
         for i in range(case.micro):
