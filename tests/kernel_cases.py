@@ -336,6 +336,7 @@ def _experts(
     z = gather(x, routing)
     combine(z, routing, weights, x)
     gather(x, routing, weights)
+    gather(weights.new_ones(tokens, 1), routing, weights)  # a routing weight a row
     combine(z, routing)
     dh, gu = z.new_empty(z.shape[0], intermediate), z.new_empty(z.shape[0], 2 * intermediate)
     weighted_swiglu_bwd(dh, gu, gu, routing.pairs, weights.view(-1))

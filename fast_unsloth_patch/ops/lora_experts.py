@@ -31,7 +31,7 @@ from ._expert_kernels import pack_a, pack_b, unpack_a, unpack_b, weighted_swiglu
 from ._operands import Parameters, without_autocast
 from ._siblings import Memo
 from .grouped_gemm import GroupedUpdate, grouped_gemm, grouped_gemm_dx, grouped_gemm_swiglu, grouped_outer
-from .lora_mlp import second_backward_possible, swiglu_of
+from .lora_mlp import is_stand_in, second_backward_possible, stand_in, swiglu_of
 from .low_rank import rank_slots
 from .routing import Routing, combine, gather, route
 
@@ -93,15 +93,6 @@ def _block(x: Tensor, dtype: torch.dtype) -> int:
     return 128 if persistent and device_limits(x.get_device()).capability == 90 else 16
 
 
-def _stand_in(like: Tensor, rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Saved for its shape in place of what nobody will read, or what backward forms itself."""
-    return like.new_full((), float("nan"), dtype=dtype).expand(rows, width)
-
-
-def _is_stand_in(t: Tensor) -> bool:
-    return t.stride() == (0, 0)
-
-
 def _update(u: Tensor | None, factors: Tensor | None) -> GroupedUpdate | None:
     return None if u is None or factors is None else GroupedUpdate(u, factors)
 
@@ -131,7 +122,7 @@ class LoraExperts(Function):
             gu, h = None, None
             if need_output and not keep:
                 h = grouped_gemm_swiglu(rows, gate_up.weight, routing, update=_update(u, b))
-                gu = _stand_in(x2d, rows.shape[0], 2 * width, dtype)
+                gu = stand_in(x2d, rows.shape[0], 2 * width, dtype)
             else:
                 gu = grouped_gemm(rows, gate_up.weight, routing, update=_update(u, b))
             del rows, a, b
@@ -149,7 +140,7 @@ class LoraExperts(Function):
                 y = torch.zeros((), dtype=_result_dtype(x, residual), device=x.device).expand(x.shape)
                 if u_down is None and down.a is not None:
                     slots = rank_slots(down.a.shape[0] // experts)
-                    u_down = _stand_in(x2d, routing.pairs.shape[0], slots, dtype)
+                    u_down = stand_in(x2d, routing.pairs.shape[0], slots, dtype)
         if memo is not None and known is None:
             memo.keep(*routing[:4], u, u_down)
         # The same tensors whether or not the output was computed: a non-reentrant checkpoint compares.
@@ -157,6 +148,8 @@ class LoraExperts(Function):
         ctx.save_for_backward(x2d if needs[0] or needs[1] else None, weights, *routing[:4], gu, u, u_down)
         ctx.parameters = Parameters.of(tuple(tensors))
         ctx.scalings, ctx.dtype, ctx.block, ctx.tally = scalings, dtype, routing.block, tally
+        # Noted, for hooks that copy what is saved lose the strides that show it.
+        ctx.u_left_out = u_down is not None and is_stand_in(u_down)
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.residual_dtype = None if residual is None else residual.dtype
         return y
@@ -168,8 +161,11 @@ class LoraExperts(Function):
             ctx.tally.hit_backward()
         x, weights, pairs, rows, ends, of_blocks, gu, u, u_down = ctx.saved_tensors
         routing = Routing(pairs, rows, ends, of_blocks, ctx.block)
+        if is_stand_in(gu):
+            raise RuntimeError("gate and up were not kept for this backward")
         gate_up, down = _stacks(ctx.parameters.unchanged(), ctx.scalings)
         needs, dtype = ctx.needs_input_grad, ctx.dtype
+        u_down = None if ctx.u_left_out else u_down
         d_residual = dy.to(ctx.residual_dtype) if needs[2] else None
         dx = d_weights = None
         with without_autocast(gu):
@@ -182,7 +178,7 @@ class LoraExperts(Function):
             dgu = torch.empty_like(gu) if second_backward_possible() else gu
             dw = weighted_swiglu_bwd(h, gu, dgu, routing.pairs, weights.reshape(-1))  # and h, in dh's place
             if needs[1]:
-                d_weights = dw.index_select(0, routing.rows.reshape(-1)).view(weights.shape).to(weights.dtype)
+                d_weights = _of_pairs(dw, routing).to(weights.dtype)
             down_needs = needs[3 + _TENSORS : 3 + 2 * _TENSORS]
             down_grads = _down_grads(down, dy, rows, h, du, u_down, weights, routing, down_needs, dtype)
             del h, rows, du
@@ -205,12 +201,20 @@ def _recalled(known: Any, x: Tensor, index: Tensor, experts: int) -> tuple[Routi
     """Routing and both u of the forward, if this is its recompute; else the routing only.
 
     The rows of u lie as the routing says. Were it found again, from gate logits with other last bits, they might not.
+    (The routing weights are the recompute's own: should its gate choose otherwise, at a near tie, that token's gradient
+    goes to the other logit.)
     """
     block = _block(x, x.dtype)
     if known is None:
         return route(index, experts, block), None, None
     pairs, rows, ends, of_blocks, u, u_down = known
     return Routing(pairs, rows, ends, of_blocks, block), u, u_down
+
+
+def _of_pairs(values: Tensor, routing: Routing) -> Tensor:
+    """What each pair's row has [T, k]; zero for a pair whose expert does not exist."""
+    rows = routing.rows.reshape(-1)
+    return values.index_select(0, rows.clamp_min(0)).masked_fill_(rows < 0, 0.0).view(routing.rows.shape)
 
 
 def _result_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
@@ -248,7 +252,7 @@ def _down_grads(
     dw = da = db = None
     if needs[1] or needs[2]:
         scale = gather(weights.new_ones((weights.shape[0], 1)), routing, weights)
-        if needs[2] and (u is None or _is_stand_in(u)):
+        if needs[2] and (u is None or is_stand_in(u)):
             u = _low(h, stack.factors(dtype)[0], routing, None)
         du = du if du is None else (du * scale).to(dtype)
         da, db = _low_grads(stack, rows, h, du, None if u is None else (u * scale).to(dtype), routing, needs)  # type: ignore[arg-type]

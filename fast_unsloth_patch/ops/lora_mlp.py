@@ -270,7 +270,7 @@ class LoraMLP(Function):
             gu = torch.empty((x2d.shape[0], 2 * width), dtype=dtypes.base, device=x.device)
             updates_left = not siblings_forward(x2d, group, weights, low, gu, dtypes, updates_later=_fused(gu, group))
         else:
-            gu, updates_left = _stand_in(x2d, 2 * width, dtypes.base), False
+            gu, updates_left = stand_in(x2d, x2d.shape[0], 2 * width, dtypes.base), False
         del weights  # unpacked ones are large
         masks_down = draw_masks(gu[:, :width], adapted([op_down]), seed, _DOWN_STREAM)
         if need_output:
@@ -288,13 +288,14 @@ class LoraMLP(Function):
             y = torch.zeros((), dtype=dtype, device=x.device).expand(*x.shape[:-1], op_down.weight.shape[0])
             u_down = _recalled(memos[1], masks_down)
             if u_down is None and op_down.a is not None:
-                u_down = _stand_in(x2d, rank_slots(op_down.a.shape[0]), dtypes.low)
+                u_down = stand_in(x2d, x2d.shape[0], rank_slots(op_down.a.shape[0]), dtypes.low)
         # The same tensors whether or not the output was computed: a non-reentrant checkpoint compares forward and
         # recompute.
         kept = keep_input(x, x2d, dtypes, ctx.needs_input_grad[2 : 2 + 2 * TENSORS])
         ctx.save_for_backward(*kept, *low, masks, gu, u_down, masks_down)
         ctx.parameters = Parameters.of(tuple(tensors))
         ctx.values, ctx.dtypes, ctx.tally, ctx.updates_left = values, dtypes, tally, updates_left
+        ctx.u_left_out = u_down is not None and is_stand_in(u_down)
         ctx.x_shape, ctx.x_dtype, ctx.residual_dtype = x.shape, x.dtype, None if residual is None else residual.dtype
         return y
 
@@ -304,6 +305,8 @@ class LoraMLP(Function):
         if ctx.tally is not None:
             ctx.tally.hit_backward()
         *kept, u, packed, masks, gu, u_down, masks_down = ctx.saved_tensors
+        if is_stand_in(gu):
+            raise RuntimeError("gate and up were not kept for this backward")
         gate, up, op_down = operands(ctx.parameters.unchanged(), ctx.values)
         dtypes, needs = ctx.dtypes, ctx.needs_input_grad
         d_residual = dy.to(ctx.residual_dtype) if needs[1] else None
@@ -312,8 +315,9 @@ class LoraMLP(Function):
             start = 2 + 2 * TENSORS
             needs_down = needs[start : start + TENSORS]
             du, db = None, None
-            # The node is the forward's, what it saved may be the recompute's: only the tensor itself can tell.
-            if op_down.a is not None and needs_down[3] and not _is_stand_in(u_down):
+            # The node is the forward's, what it saved may be the recompute's: then only the tensor itself can tell.
+            # Hooks that copy it lose its strides, but then the node is the recompute's own.
+            if op_down.a is not None and needs_down[3] and not (ctx.u_left_out or is_stand_in(u_down)):
                 du, (db,) = output_gradients(dy, u_down, [op_down], [0], dtypes)
             elif op_down.a is not None:
                 du = down_gradient(dy, [op_down], [0], dtypes)
@@ -355,12 +359,13 @@ class LoraMLP(Function):
         return dx, d_residual, *parts[0], *parts[1], *down_grads, None, None, None, None, None, None, None
 
 
-def _stand_in(x: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Saved for its shape, [rows of x, width], in place of what nobody will read, or what backward will form itself."""
-    return x.new_full((), float("nan"), dtype=dtype).expand(x.shape[0], width)
+def stand_in(like: torch.Tensor, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Saved for its shape, [rows, width], in place of what nobody will read, or what backward will form itself."""
+    return like.new_full((), float("nan"), dtype=dtype).expand(rows, width)
 
 
-def _is_stand_in(t: torch.Tensor) -> bool:
+def is_stand_in(t: torch.Tensor) -> bool:
+    """Is it such a one?"""
     return t.stride() == (0, 0)
 
 

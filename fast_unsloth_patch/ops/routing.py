@@ -19,7 +19,7 @@ from ..device.dispatch import use_triton
 from ..device.launch import as_rows, jit, launch, tl
 from ..reference.routing import combine_ref, gather_ref, route_ref
 
-_MAX_CHOICES, _MAX_EXPERTS = 8, 256
+MAX_CHOICES, MAX_EXPERTS = 8, 256
 # Elements of the tiles [pairs, experts] of the counting sort (8 a thread), unless that leaves less than so many pairs.
 _SORT_TILE, _SORT_LEAST, _SORT_WARPS = 2048, 32, 8
 # Programs of the sort at most: each adds up what all of them counted.
@@ -190,11 +190,11 @@ def _check_index(top_k_index: Tensor, num_experts: int, block: int) -> None:
     if top_k_index.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"route takes top_k_index of int64 or int32; got {top_k_index.dtype}")
     shape = tuple(top_k_index.shape)
-    if len(shape) != 2 or shape[0] < 1 or not 1 <= shape[1] <= _MAX_CHOICES:
-        raise ValueError(f"route takes top_k_index [T, k], T at least 1 and k from 1 to {_MAX_CHOICES}; got {shape}")
-    if not 1 <= num_experts <= _MAX_EXPERTS or block < 1:
+    if len(shape) != 2 or shape[0] < 1 or not 1 <= shape[1] <= MAX_CHOICES:
+        raise ValueError(f"route takes top_k_index [T, k], T at least 1 and k from 1 to {MAX_CHOICES}; got {shape}")
+    if not 1 <= num_experts <= MAX_EXPERTS or block < 1:
         raise ValueError(
-            f"route takes from 1 to {_MAX_EXPERTS} experts and blocks of at least one row; got {num_experts} experts "
+            f"route takes from 1 to {MAX_EXPERTS} experts and blocks of at least one row; got {num_experts} experts "
             f"and blocks of {block}"
         )
 

@@ -148,7 +148,8 @@ def discarded() -> bool:
     """True if nobody will read what is saved for backward in this call: the forward of a checkpointed region.
 
     Its recompute saves the same again, and torch's own checkpoint reads only that. Shapes and dtypes must be right: it
-    compares them. Never under the policy ``"stock"``, nor for a layer that is kept.
+    compares them. Never under the policy ``"stock"``, nor for a layer that is kept; nor where other saved-tensors hooks
+    inside the region would read it, or where the script has turned gradients on in a reentrant one.
     """
     region = _REGION.get()
     return (
@@ -156,6 +157,7 @@ def discarded() -> bool:
         and not (region.recompute or region.keeps or region.stock)
         and _policy != "stock"
         and layer_end.is_plain_checkpoint(region.checkpoint)
+        and (not torch.is_grad_enabled() or layer_end.saved_by_checkpoint())
     )
 
 

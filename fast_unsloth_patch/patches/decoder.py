@@ -224,7 +224,7 @@ def mlp_forward(stock: Callable, tally: Tally) -> Callable:
             residual=residual,
             # Whoever has wrapped this forward, or calls it from a subclass, reads what it returns.
             need_output=type(self).forward is not forward or not checkpointing.output_unused(self),
-            keep=not checkpointing.discarded(),
+            keep=torch.is_grad_enabled() and not checkpointing.discarded(),
             memos=(_memo(self, "gate_up"), _memo(self, "down")),
             tally=tally,
         )

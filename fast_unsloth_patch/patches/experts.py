@@ -21,6 +21,7 @@ from torch import nn
 from transformers.activations import SiLUActivation
 
 from ..ops.lora_experts import ExpertAdapter, ExpertProjection
+from ..ops.routing import MAX_EXPERTS
 from .guards import holder_of
 from .plan import (
     _AUTOCAST,
@@ -240,6 +241,8 @@ def _add_weights(plan: ExpertsPlan, experts: nn.Module, hidden: int) -> str | No
     config = plan.code.config
     # The counts that the class was built with: a rank's share of the experts is as regular as all of them.
     count, width = config.num_local_experts, config.intermediate_size
+    if count > MAX_EXPERTS:
+        return f"more than {MAX_EXPERTS} experts"
     if plan.code.experts != count or shapes != [(count, 2 * width, hidden), (count, hidden, width)]:
         return "expert weights of another shape"
     return None

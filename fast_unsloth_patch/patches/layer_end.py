@@ -1,9 +1,10 @@
 """What ``checkpointing.output_unused`` must know before it believes that nobody reads a decoder layer's MLP.
 
-Three questions, each answered from the code that runs, never from names that it carries: does a function run this
+Four questions, each answered from the code that runs, never from names that it carries: does a function run this
 layer and nothing else (:func:`forward_of`); does a forward hand the MLP's values on into its result and nowhere else
-(:func:`ends_with_mlp`); and, for a region that the script checkpoints itself, is torch's checkpoint recomputing this
-very layer (:func:`rerun_by_torch`).
+(:func:`ends_with_mlp`); is what it saves for backward seen by torch's checkpoint alone (:func:`saved_by_checkpoint`);
+and, for a region that the script checkpoints itself, is torch's checkpoint recomputing this very layer
+(:func:`rerun_by_torch`).
 """
 
 from __future__ import annotations
@@ -89,6 +90,12 @@ def is_plain_checkpoint(checkpoint: object) -> bool:
         and isinstance(checkpoint, FunctionType)
         and checkpoint.__globals__["__name__"].startswith("torch.")
     )
+
+
+def saved_by_checkpoint() -> bool:
+    """Whether what is saved for backward here goes to a non-reentrant checkpoint of torch's, and to no other hooks."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and getattr(hooks[0], "__module__", None) == _torch_checkpoint.__name__
 
 
 def rerun_by_torch(mlp: nn.Module) -> nn.Module | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..ops.lora_experts import lora_experts
+from ..ops.routing import MAX_CHOICES
 from ..status import Tally
 from . import checkpointing, guards
 from .decoder import _memo
@@ -51,7 +52,7 @@ def moe_forward(stock: Callable, tally: Tally) -> Callable:
             residual=residual,
             # Whoever has wrapped this forward, or calls it from a subclass, reads what it returns.
             need_output=type(self).forward is not forward or not checkpointing.output_unused(self),
-            keep=not checkpointing.discarded(),
+            keep=torch.is_grad_enabled() and not checkpointing.discarded(),
             memo=_memo(self, "experts"),
             tally=tally,
         )
@@ -80,4 +81,6 @@ def _routing_reason(x: torch.Tensor, index: Any, weights: Any) -> str | None:
         return "routing of another shape"
     if index.dtype is not torch.int64 or weights.dtype is not torch.float32:
         return "routing of another dtype"
+    if index.shape[1] > MAX_CHOICES:
+        return f"more than {MAX_CHOICES} choices"
     return None if index.device == x.device == weights.device else "routing on another device"
