@@ -24,7 +24,7 @@ from quantised_llama import (
     zero,
 )
 from test_fidelity import GRADIENT_SEEDS, WORST, Errors, inputs_of
-from tiny_llama import ALL, assert_as_good, assert_same, batch, distance, layers_of, run
+from tiny_llama import ALL, assert_same, batch, distance, fill_adapters, layers_of, run
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AttentionInterface
@@ -191,10 +191,43 @@ def _losses_by_row(model, exact_model, ids, autocast):
     return losses(fast), losses(stock), losses(exact_model(ids).logits)
 
 
+class Apart:
+    """Distances of fast from stock, and of stock from float64, pooled over seeds, by quantity.
+
+    One seed is not enough: with biases, what q and k have in common cancels in their gradients, whose errors in low
+    precision are a few percent in both arms and differ by a factor of two or three from seed to seed.
+    """
+
+    def __init__(self) -> None:
+        self.arms: dict[str, float] = {}
+        self.errors: dict[str, float] = {}
+
+    def add(self, fast, stock, exact) -> None:
+        assert fast.grads.keys() == stock.grads.keys() == exact.grads.keys()
+        for what, (f, s, e) in {
+            "logits": (fast.logits, stock.logits, exact.logits),
+            **{n: (fast.grads[n], stock.grads[n], exact.grads[n]) for n in stock.grads},
+        }.items():
+            assert f.dtype == s.dtype, what
+            self.arms[what] = self.arms.get(what, 0.0) + distance(f, s) ** 2
+            self.errors[what] = self.errors.get(what, 0.0) + distance(s, e) ** 2
+        # A single number may be lucky: its error is taken from the logits, which it is made of.
+        assert distance(fast.loss, stock.loss) <= 2.5 * distance(stock.logits, exact.logits)
+
+    def check(self, factor: float = 2.5) -> None:
+        """Two results that each carry independent errors of one size are sqrt(2) of it apart."""
+        far = {
+            what: (self.arms[what] ** 0.5, self.errors[what] ** 0.5)
+            for what in self.arms
+            if self.arms[what] > factor**2 * self.errors[what]
+        }
+        assert not far, far
+
+
 # ---- the mechanism
 
 
-def under_apply(monkeypatch, patch_id: str, model, **kwargs):
+def under_apply(monkeypatch, patch_id: str, model, inputs, **kwargs):
     """The step under ``apply(only=patch_id)``, the stock step, what ``status`` counted: forward, backward, again."""
     monkeypatch.setattr(install, "_state", install._State())
     fast_unsloth_patch.apply(only=patch_id)
@@ -202,12 +235,12 @@ def under_apply(monkeypatch, patch_id: str, model, **kwargs):
         before = fast_unsloth_patch.status()[patch_id]
         assert before.state == "applied"
         before = before.forward, before.backward, before.recomputed
-        fast = run(model, batch(), use_cache=False, **kwargs)
+        fast = run(model, inputs, use_cache=False, **kwargs)
         row = fast_unsloth_patch.status()[patch_id]
     finally:
         fast_unsloth_patch.unapply()
     after = row.forward, row.backward, row.recomputed
-    stock = run(model, batch(), use_cache=False, **kwargs)
+    stock = run(model, inputs, use_cache=False, **kwargs)
     assert fast_unsloth_patch.status()[patch_id].forward == row.forward
     return fast, stock, tuple(new - old for new, old in zip(after, before))
 
@@ -216,15 +249,19 @@ def linears_alone(monkeypatch, patch_id: str, variant: Variant, base) -> None:
     """``apply(only=...)`` without the parents: each layer by itself, and ``status`` counts it."""
     model = adapted(base, checkpoint=variant.checkpoint, **variant.lora)
     precise = variant.autocast is None and "dtype" not in variant.base
-    exact = None if precise else run(in_float64(model), batch(), use_cache=False)
-    fast, stock, got = under_apply(monkeypatch, patch_id, model, autocast=variant.autocast)
-    # Without the patch of checkpointing a recompute looks like another forward.
-    times = PROJECTIONS * LAYERS
-    assert got == (times if variant.checkpoint is None else 2 * times, times, 0)
-    if exact is None:
-        assert_same(fast, stock)
-    else:
-        assert_as_good(fast, stock, exact)
+    apart = Apart()
+    for seed in range(1 if precise else 4):
+        fill_adapters(model, seed)
+        inputs = batch(seed=seed)
+        fast, stock, got = under_apply(monkeypatch, patch_id, model, inputs, autocast=variant.autocast)
+        # Without the patch of checkpointing a recompute looks like another forward.
+        times = PROJECTIONS * LAYERS
+        assert got == (times if variant.checkpoint is None else 2 * times, times, 0)
+        if precise:
+            assert_same(fast, stock)
+        else:
+            apart.add(fast, stock, run(in_float64(model), inputs, use_cache=False))
+    apart.check()
 
 
 # ---- memory

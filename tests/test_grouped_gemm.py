@@ -306,7 +306,7 @@ class TestLibrary:
         monkeypatch.setattr(module, "_library_fits", lambda *operands: all(map(module._aligned, operands)))
         monkeypatch.setattr(module, "_fits", lambda *_: False)
         monkeypatch.setattr(module, "_outer_fits", lambda *_: False)
-        for name in ("grouped_gemm_ref", "grouped_gemm_swiglu_ref", "grouped_gemm_dx_ref", "grouped_outer_ref"):
+        for name in ("grouped_gemm_ref", "grouped_gemm_dx_ref", "grouped_outer_ref"):
             monkeypatch.setattr(module, name, None)
 
     @pytest.mark.parametrize("update", [False, True])
@@ -430,7 +430,7 @@ def test_the_library_on_a_gpu(op, launched, monkeypatch):
     """Its update is rounded by itself, and so is the sum."""
     p = problem(SKEWED, 2048, 1024, BF16, 16, 128, "cuda")
     monkeypatch.setattr(module, "_fits", lambda *_: False)
-    for name in ("grouped_gemm_ref", "grouped_gemm_swiglu_ref", "grouped_gemm_dx_ref"):
+    for name in ("grouped_gemm_ref", "grouped_gemm_dx_ref"):
         monkeypatch.setattr(module, name, None)
     count = used(p.routing)
     want = wanted(op, p)

@@ -38,7 +38,6 @@ from ..reference.grouped_gemm import (
     GroupedUpdate,
     grouped_gemm_dx_ref,
     grouped_gemm_ref,
-    grouped_gemm_swiglu_ref,
     grouped_outer_ref,
 )
 from ._grouped_gemm_kernels import (
@@ -277,7 +276,8 @@ def grouped_gemm_swiglu(
     if enough and _fits(x, weight, routing, update, None, chosen):
         return _launch(grouped_gemm_swiglu_kernel, x, weight, n // 2, routing, update, None, n // 2, chosen)
     both = _library(x, weight, routing, update, None, True)
-    return grouped_gemm_swiglu_ref(x, weight, routing.ends, update=update) if both is None else swiglu_of(both)
+    # By the same steps as where gate and up are kept: a layer's numbers do not depend on whether it is recomputed.
+    return swiglu_of(grouped_gemm_ref(x, weight, routing.ends, update=update) if both is None else both)
 
 
 def grouped_gemm_dx(

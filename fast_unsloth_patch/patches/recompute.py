@@ -11,6 +11,7 @@ is split over ranks), nothing is kept; the collectives that a recompute starts a
 
 from __future__ import annotations
 
+import sys
 import weakref
 from typing import Any
 
@@ -72,6 +73,8 @@ class Auto:
             return "first argument is no plain tensor"
         if not is_plain_checkpoint(region.checkpoint):
             return "other checkpoint function"
+        if _reentrant(region.checkpoint) and _recording():
+            return "outputs recorded in a reentrant region"
         # An outer region's recompute must save what its forward has saved.
         if torch._C._current_graph_task_id() != -1 or saved_tensors_hooked():
             return "inside another region or saved-tensors hooks"
@@ -104,6 +107,16 @@ def _needs_gradient(value: object) -> bool:
 def _reentrant(checkpoint: Any) -> bool:
     asked = getattr(checkpoint, "keywords", {}).get("use_reentrant")
     return True if asked is None else bool(asked)
+
+
+def _recording() -> bool:
+    """Whether transformers records outputs of modules, router logits for example.
+
+    What is recorded in the forward of a reentrant region has no gradient: a loss made of it (Mixtral's balancing loss)
+    trains nothing there. In a kept layer it would.
+    """
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    return capturing is not None and bool(capturing._active_collector.get())
 
 
 def communication(layer: nn.Module, gathers: bool) -> str | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -30,6 +31,8 @@ __all__ = ["OFFSET_WIDTH", "Nf4Experts", "Nf4Stack", "Packed", "describe", "layo
 # every expert: one compiled kernel instead of several.
 OFFSET_WIDTH = 4
 _aten: Any = torch.ops.aten
+# Code that would put a shard of values in a stack's place. (DDP, which copies parameters, is elsewhere.)
+_SHARDERS = ("torch.distributed.fsdp", "torch.distributed.tensor.placement_types")
 
 
 class Packed(NamedTuple):
@@ -105,7 +108,8 @@ class Nf4Experts(Tensor):
     other bfloat16 parameter to float32, and accelerate's ``set_module_tensor_to_device`` know a parameter of four bits;
     where PEFT counts parameters of this name it multiplies by ``2 * element_size()``, which is therefore 1.
 
-    It gets no gradient, and it cannot be written to except from another stack.
+    It gets no gradient, and it cannot be written to except from another stack; ``torch.distributed.broadcast`` sends it
+    packed. It cannot be sharded: FSDP must leave it out, whole on every rank, and gets an error that says how.
     """
 
     stored_dtype: torch.dtype
@@ -245,7 +249,10 @@ class Nf4Experts(Tensor):
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        if func.namespace == "c10d":
+            return _collective(func, args, kwargs)
         _refuse_writes(func, args, kwargs)
+        _refuse_sharding()
         args, kwargs = tree_map_only(Nf4Experts, Nf4Experts.dequantize, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -330,6 +337,35 @@ def _refuse_writes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
                         f"{func} would write to {leaf!r}: weights of four bits cannot be changed; to merge an adapter, "
                         "for example, replace the parameter by its dequantize() first"
                     )
+
+
+def _refuse_sharding() -> None:
+    """An error if the code that is about to get values is one of `_SHARDERS`."""
+    frame: Any = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") in (__name__, "torch.functional", "torch._tensor"):
+        frame = frame.f_back
+    if frame is not None and str(frame.f_globals.get("__name__")).startswith(_SHARDERS):
+        raise RuntimeError(
+            "experts of four bits cannot be sharded: they would be unpacked. Leave them whole on every rank, with "
+            "packed = {p for p in model.parameters() if isinstance(p, Nf4Experts)}: in each call "
+            "fully_shard(..., ignored_params=packed), or FullyShardedDataParallel(..., ignored_states=packed); "
+            "accelerate's plugin takes the MixtralExperts modules as ignored_modules. Or use DDP"
+        )
+
+
+def _collective(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Broadcast what stacks hold. The other collectives are refused: their schemas do not say what they write to."""
+    if func is not torch.ops.c10d.broadcast_.default:
+        raise RuntimeError(f"{func} of experts of four bits: use their dequantize(), or the tensors in their parts")
+    tensors, *others = args
+    work = None
+    for tensor in tensors:
+        for part in tensor.parts if isinstance(tensor, Nf4Experts) else (tensor,):
+            if isinstance(part, Tensor):
+                if work is not None:
+                    work.wait()
+                _, work = func([part], *others, **kwargs)
+    return tensors, work
 
 
 def _alias(x: Nf4Experts) -> Nf4Experts:
