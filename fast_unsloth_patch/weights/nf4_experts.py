@@ -452,6 +452,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
 
 
 def layout_problem(parts: Packed, shape: Sequence[int], stored: torch.dtype) -> str | None:
+    """What of ``parts`` does not fit a stack [E, N, K] of weights that were ``stored`` (expected and found), or None."""
     if len(shape) != 3:
         return f"experts: expected [E, N, K], found {list(shape)}"
     if parts.quant_type not in CODES:
@@ -483,6 +484,7 @@ def layout_problem(parts: Packed, shape: Sequence[int], stored: torch.dtype) -> 
 
 
 def describe(value: Any) -> str:
+    """``value`` in a message: dtype, shape and device of a tensor, the type of anything else."""
     if not isinstance(value, Tensor):
         return type(value).__name__
     return f"{value.dtype} {list(value.shape)} on {value.device}"
