@@ -452,7 +452,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
 
 
 def layout_problem(parts: Packed, shape: Sequence[int], stored: torch.dtype) -> str | None:
-    """What of ``parts`` does not fit a stack [E, N, K] of weights that were ``stored`` (expected and found), or None."""
+    """What of ``parts`` does not fit a stack [E, N, K] of ``stored`` weights (expected and found), or None."""
     if len(shape) != 3:
         return f"experts: expected [E, N, K], found {list(shape)}"
     if parts.quant_type not in CODES:
