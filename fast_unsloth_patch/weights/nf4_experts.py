@@ -4,35 +4,31 @@ Each expert is quantised by itself, so that its values are, to the bit, those of
 everything about it is a contiguous slice: `dequantize` unpacks the experts that are asked for. What the layer's code
 does to the parameter without reading its values (moving, cloning, wrapping, copying, saving) leaves it packed; every
 other operation gets the values, of one expert where one is selected, and gives a plain tensor.
-How a stack stands in a state dict or a checkpoint is in `nf4_checkpoint`.
+What each operation does is in `nf4_dispatch`, how a stack stands in a state dict or a checkpoint in `nf4_checkpoint`.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import sys
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from ..errors import warn
 from ..reference.nf4 import CODES
 from . import WeightLayoutError
 from .nf4 import Nf4Weight
+from .nf4_dispatch import describe, dispatch
 
-__all__ = ["OFFSET_WIDTH", "Nf4Experts", "Nf4Stack", "Packed", "describe", "layout_problem"]
+__all__ = ["OFFSET_WIDTH", "Nf4Experts", "Nf4Stack", "Packed", "layout_problem"]
 
 # The offset of an expert's double quantisation takes 16 bytes, so that its address is aligned as Triton likes it for
 # every expert: one compiled kernel instead of several.
 OFFSET_WIDTH = 4
-_aten: Any = torch.ops.aten
-# Code that would put a shard of values in a stack's place. (DDP, which copies parameters, is elsewhere.)
-_SHARDERS = ("torch.distributed.fsdp", "torch.distributed.tensor.placement_types")
 
 
 class Packed(NamedTuple):
@@ -243,18 +239,7 @@ class Nf4Experts(Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch's stub lacks func
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        handler = _HANDLERS.get(func)
-        if handler is not None and isinstance(args[0], Nf4Experts):
-            result = handler(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        if func.namespace == "c10d":
-            return _collective(func, args, kwargs)
-        _refuse_writes(func, args, kwargs)
-        _refuse_sharding()
-        args, kwargs = tree_map_only(Nf4Experts, Nf4Experts.dequantize, (args, kwargs))
-        return func(*args, **kwargs)
+        return dispatch(Nf4Experts, func, args, kwargs or {})
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -327,130 +312,6 @@ def _rebuild(
 torch.serialization.add_safe_globals([_rebuild])
 
 
-def _refuse_writes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    for i, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            given = args[i] if i < len(args) else kwargs.get(argument.name)
-            for leaf in given if isinstance(given, (list, tuple)) else (given,):
-                if isinstance(leaf, Nf4Experts):
-                    raise RuntimeError(
-                        f"{func} would write to {leaf!r}: weights of four bits cannot be changed; to merge an adapter, "
-                        "for example, replace the parameter by its dequantize() first"
-                    )
-
-
-def _refuse_sharding() -> None:
-    """An error if the code that is about to get values is one of `_SHARDERS`."""
-    frame: Any = sys._getframe(2)
-    while frame is not None and frame.f_globals.get("__name__") in (__name__, "torch.functional", "torch._tensor"):
-        frame = frame.f_back
-    if frame is not None and str(frame.f_globals.get("__name__")).startswith(_SHARDERS):
-        raise RuntimeError(
-            "experts of four bits cannot be sharded: they would be unpacked. Leave them whole on every rank, with "
-            "packed = {p for p in model.parameters() if isinstance(p, Nf4Experts)}: in each call "
-            "fully_shard(..., ignored_params=packed), or FullyShardedDataParallel(..., ignored_states=packed); "
-            "accelerate's plugin takes the MixtralExperts modules as ignored_modules. Or use DDP"
-        )
-
-
-def _collective(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Broadcast what stacks hold. The other collectives are refused: their schemas do not say what they write to."""
-    if func is not torch.ops.c10d.broadcast_.default:
-        raise RuntimeError(f"{func} of experts of four bits: use their dequantize(), or the tensors in their parts")
-    tensors, *others = args
-    work = None
-    for tensor in tensors:
-        for part in tensor.parts if isinstance(tensor, Nf4Experts) else (tensor,):
-            if isinstance(part, Tensor):
-                if work is not None:
-                    work.wait()
-                _, work = func([part], *others, **kwargs)
-    return tensors, work
-
-
-def _alias(x: Nf4Experts) -> Nf4Experts:
-    return Nf4Experts.wrap(x.parts, x.shape, x.dtype, x.stored_dtype)
-
-
-def _view(x: Nf4Experts, size: Sequence[int]) -> Any:
-    return _alias(x) if tuple(size) == tuple(x.shape) else NotImplemented
-
-
-def _clone(x: Nf4Experts, *, memory_format: Any = None) -> Nf4Experts:
-    return Nf4Experts.wrap(x.parts.map(torch.clone), x.shape, x.dtype, x.stored_dtype)
-
-
-def _to_copy(
-    x: Nf4Experts, *, dtype: Any = None, device: Any = None, non_blocking: bool = False, **_layout: Any
-) -> Any:
-    # Values are rounded to stored_dtype and to one dtype more. Packed, a third rounding would take the second's place,
-    # which is the same unless the second one changes anything.
-    dtype = dtype or x.dtype
-    exact = x.dtype in (x.stored_dtype, torch.float32, torch.float64)
-    if not dtype.is_floating_point or not (exact or dtype is x.dtype):
-        return NotImplemented
-    parts = x.parts.map(lambda part: part.to(device or part.device, non_blocking=non_blocking, copy=True))
-    return Nf4Experts.wrap(parts, x.shape, dtype, x.stored_dtype)
-
-
-def _select(x: Nf4Experts, dim: int, index: int) -> Any:
-    if dim not in (0, -3):
-        return NotImplemented
-    return x.dequantize(int(index) + (x.shape[0] if index < 0 else 0), 1)[0]
-
-
-def _slice(x: Nf4Experts, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
-    if dim not in (0, -3):
-        return NotImplemented
-    first, last, step = slice(start, end, step).indices(x.shape[0])
-    if (first, last, step) == (0, x.shape[0], 1):
-        return _alias(x)
-    return x.dequantize(first, max(last - first, 0))[::step]
-
-
-def _index(x: Nf4Experts, indices: Sequence[Tensor | None]) -> Any:
-    # On CUDA a look at the indices would be a wait for the device.
-    index = indices[0] if len(indices) == 1 else None
-    if index is None or index.device.type != "cpu" or index.dtype not in (torch.int64, torch.int32):
-        return NotImplemented
-    chosen = [x.select(0, e) for e in index.reshape(-1).tolist()]
-    values = torch.stack(chosen) if chosen else x.dequantize(0, 0)
-    return values.view(*index.shape, *x.shape[1:])
-
-
-def _copy(x: Nf4Experts, source: Tensor, non_blocking: bool = False) -> Nf4Experts:
-    """From another stack; or from values that are those it has: DDP sends every rank the parameters of the first."""
-    if not isinstance(source, Nf4Experts):
-        if source.shape == x.shape and torch.equal(x.dequantize(), source.to(x.dtype)):
-            return x
-        raise RuntimeError(f"{x!r} cannot take other values: expected 4-bit weights, found {describe(source)}")
-    for name, mine, other in zip(Packed._fields, x.parts, source.parts):
-        found = (other.dtype, other.shape) if isinstance(other, Tensor) else other
-        expected = (mine.dtype, mine.shape) if isinstance(mine, Tensor) else mine
-        if found != expected:
-            raise WeightLayoutError(f"copy of {name} to {x!r}: expected {expected}, found {found}")
-    if x.stored_dtype is not source.stored_dtype:
-        raise WeightLayoutError(f"copy to {x!r}: expected {x.stored_dtype}, found {source.stored_dtype}")
-    for mine, other in zip(x.parts, source.parts):
-        if isinstance(mine, Tensor) and isinstance(other, Tensor):
-            mine.copy_(other, non_blocking=non_blocking)
-    return x
-
-
-_HANDLERS: dict[Any, Callable[..., Any]] = {
-    _aten.detach.default: _alias,
-    _aten.alias.default: _alias,
-    _aten.lift_fresh.default: _alias,
-    _aten.view.default: _view,
-    _aten.clone.default: _clone,
-    _aten._to_copy.default: _to_copy,
-    _aten.select.int: _select,
-    _aten.slice.Tensor: _slice,
-    _aten.index.Tensor: _index,
-    _aten.copy_.default: _copy,
-}
-
-
 def layout_problem(parts: Packed, shape: Sequence[int], stored: torch.dtype) -> str | None:
     """What of ``parts`` does not fit a stack [E, N, K] of ``stored`` weights (expected and found), or None."""
     if len(shape) != 3:
@@ -481,10 +342,3 @@ def layout_problem(parts: Packed, shape: Sequence[int], stored: torch.dtype) -> 
         if not fits or not part.is_contiguous():
             return f"{name}: expected contiguous {dtype} {list(size)} on {device}, found {describe(part)}"
     return None
-
-
-def describe(value: Any) -> str:
-    """``value`` in a message: dtype, shape and device of a tensor, the type of anything else."""
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    return f"{value.dtype} {list(value.shape)} on {value.device}"
