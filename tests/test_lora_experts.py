@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fast_unsloth_patch.ops import _expert_kernels
+from fast_unsloth_patch.ops import _expert_kernels, grouped_gemm
 from fast_unsloth_patch.ops import lora_experts as module
 from fast_unsloth_patch.ops._siblings import Memo
 from fast_unsloth_patch.ops.lora_experts import ExpertAdapter, ExpertProjection, lora_experts
@@ -42,6 +42,8 @@ def make(
     device="cpu",
     experts=EXPERTS,
     top=TOP,
+    hidden=HIDDEN,
+    inner=INNER,
 ):
     """x, index, routing weights and both projections; everything that may get a gradient is a leaf."""
     generator = torch.Generator().manual_seed(5)
@@ -71,11 +73,11 @@ def make(
     values, index = scores.topk(top, -1)
     weights = torch.softmax(values, -1).to(device, torch.float64 if dtype is torch.float64 else torch.float32)
     return (
-        tensor(tokens, HIDDEN),
+        tensor(tokens, hidden),
         index.to(device),
         weights.detach().requires_grad_(),
-        projection(2 * INNER, HIDDEN, ranks[0]),
-        projection(HIDDEN, INNER, ranks[1]),
+        projection(2 * inner, hidden, ranks[0]),
+        projection(hidden, inner, ranks[1]),
     )
 
 
@@ -153,6 +155,22 @@ def test_float64():
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
 def test_bfloat16(adapter_dtype, device):
     check(make(40, dtype=torch.bfloat16, adapter_dtype=adapter_dtype, device=device), 3 * EPS[torch.bfloat16])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter's bfloat16 is wrong")
+@pytest.mark.parametrize("load", ["uneven", "empty"])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_on_a_gpu_with_enough_rows_for_its_kernels(trainable, load):
+    """Where the persistent kernels run, they do; the result is bf16's whichever way it was computed."""
+    sizes = {"tokens": 1500, "hidden": 256, "inner": 384, "experts": 8}
+    case = make(**sizes, dtype=torch.bfloat16, adapter_dtype=torch.float32, ranks=(16, 8), trainable=trainable,
+                load=load, device="cuda")  # fmt: skip
+    if torch.cuda.get_device_capability() == (9, 0):
+        x, index, _, gate_up, _ = case
+        routing = module.route(index, 8, module._block(x, torch.bfloat16))
+        assert grouped_gemm.covers(module.gather(x.detach(), routing), gate_up.weight.detach(), routing)
+    check(case, 3 * EPS[torch.bfloat16])
 
 
 @pytest.mark.parametrize("device", DEVICES)
