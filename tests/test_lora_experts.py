@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fast_unsloth_patch.ops import _expert_kernels, grouped_gemm
+from fast_unsloth_patch.ops import _expert_kernels, _siblings, grouped_gemm
 from fast_unsloth_patch.ops import lora_experts as module
 from fast_unsloth_patch.ops._siblings import Memo
 from fast_unsloth_patch.ops.lora_experts import ExpertAdapter, ExpertProjection, lora_experts
+from fast_unsloth_patch.ops.rms_norm import residual_rms_norm
 from fast_unsloth_patch.reference.experts import lora_experts_ref
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -178,6 +179,39 @@ def test_residual_is_added_in_the_same_rounding(device):
     case = make(device=device)
     residual = torch.randn(13, HIDDEN, device=device, requires_grad=True)
     check(case, 4 * HIDDEN * EPS[torch.float32] if device == "cpu" else 2e-3, residual=residual)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter's bfloat16 is wrong")
+def test_after_a_norm_its_input_is_kept(monkeypatch):
+    """With the gradients that the norm's result would give, pooled over seeds as good; not for a trained weight."""
+    monkeypatch.setattr(_siblings, "LIBRARY_TOKENS", 1)
+    squared = {True: 0.0, False: 0.0}
+    for seed in range(8):
+        torch.manual_seed(seed)
+        x, index, weights, gate_up, down = make(40, dtype=torch.bfloat16, adapter_dtype=torch.float32)
+        x = torch.randn(40, HIDDEN).to(torch.bfloat16).requires_grad_()
+        norm = torch.rand(HIDDEN).add(0.5).to(torch.bfloat16)
+        dy = torch.randn(40, HIDDEN).to(torch.bfloat16)
+        exact = x.detach().double()
+        exact = (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-5) * norm.double()).requires_grad_()
+        args, double = in_double(exact, index, weights, gate_up, down)
+        (wanted,) = torch.autograd.grad(lora_experts_ref(*args), double[id(gate_up.adapter.a)], dy.double())
+        for marked in (True, False):
+            normed, _ = residual_rms_norm(x, None, norm, 1e-5)
+            given = normed if marked else normed.view_as(normed)
+            saved = []
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda t, saved=saved: (saved.append(t.data_ptr()), t)[1], lambda t: t
+            ):
+                y = lora_experts(given, index, weights, gate_up, down)
+            assert (normed.data_ptr() in saved) is not marked
+            (got,) = torch.autograd.grad(y, gate_up.adapter.a, dy)
+            assert got.dtype is torch.float32
+            squared[marked] += ((got.double() - wanted).norm() / wanted.norm()).item() ** 2
+    assert 0 < squared[True] <= 1.1**2 * squared[False]
+    trained = make(40, dtype=torch.bfloat16, trainable=True)
+    normed, _ = residual_rms_norm(trained[0], None, norm, 1e-5)
+    lora_experts(normed, *trained[1:]).sum().backward()
 
 
 class Store:

@@ -28,8 +28,8 @@ from ..device.dispatch import use_triton
 from ..device.launch import device_limits
 from ._autograd import once_differentiable
 from ._expert_kernels import pack_a, pack_b, unpack_a, unpack_b, weighted_swiglu_bwd
-from ._operands import Parameters, without_autocast
-from ._siblings import Memo
+from ._operands import Dtypes, Parameters, without_autocast
+from ._siblings import Input, Memo, keep_input
 from .grouped_gemm import GroupedUpdate, grouped_gemm, grouped_gemm_dx, grouped_gemm_swiglu, grouped_outer
 from .lora_mlp import is_stand_in, second_backward_possible, stand_in, swiglu_of
 from .low_rank import rank_slots
@@ -105,7 +105,7 @@ def _low(x: Tensor, a: Tensor | None, routing: Routing, known: Tensor | None) ->
 
 
 class LoraExperts(Function):
-    """Autograd node of `lora_experts`; saves x, the routing and its weights, gate and up, and both u."""
+    """Autograd node of `lora_experts`; saves x (or what its norm saves), the routing, its weights, gate and up, both u."""
 
     @staticmethod
     def forward(ctx, x, weights, residual, *rest):
@@ -144,8 +144,9 @@ class LoraExperts(Function):
         if memo is not None and known is None:
             memo.keep(*routing[:4], u, u_down)
         # The same tensors whether or not the output was computed: a non-reentrant checkpoint compares.
-        needs = ctx.needs_input_grad[3 : 3 + _TENSORS]
-        ctx.save_for_backward(x2d if needs[0] or needs[1] else None, weights, *routing[:4], gu, u, u_down)
+        weight, a, b = ctx.needs_input_grad[3 : 3 + _TENSORS]
+        kept = keep_input(x, x2d, Dtypes(dtype, dtype, dtype, dtype), (weight, False, a, b, False))
+        ctx.save_for_backward(*kept, weights, *routing[:4], gu, u, u_down)
         ctx.parameters = Parameters.of(tuple(tensors))
         ctx.scalings, ctx.dtype, ctx.block, ctx.tally = scalings, dtype, routing.block, tally
         # Noted, for hooks that copy what is saved lose the strides that show it.
@@ -159,7 +160,7 @@ class LoraExperts(Function):
     def backward(ctx, dy):
         if ctx.tally is not None:
             ctx.tally.hit_backward()
-        x, weights, pairs, rows, ends, of_blocks, gu, u, u_down = ctx.saved_tensors
+        *kept, weights, pairs, rows, ends, of_blocks, gu, u, u_down = ctx.saved_tensors
         routing = Routing(pairs, rows, ends, of_blocks, ctx.block)
         if is_stand_in(gu):
             raise RuntimeError("gate and up were not kept for this backward")
@@ -188,7 +189,7 @@ class LoraExperts(Function):
                 rows = grouped_gemm_dx(dgu, gate_up.weight, routing, update=_update(du, a))
                 dx = combine(rows, routing, dtype=ctx.x_dtype).view(ctx.x_shape)
                 del rows
-            grads = _gate_up_grads(gate_up, x, dgu, du, u, routing, needs[3 : 3 + _TENSORS], dtype)
+            grads = _gate_up_grads(gate_up, Input(*kept), dgu, du, u, routing, needs[3 : 3 + _TENSORS])
         return dx, d_weights, d_residual, *grads, *down_grads, None, None, None, None, None, None, None
 
 
@@ -222,13 +223,21 @@ def _result_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
 
 
 def _low_grads(
-    stack: _Stack, dy: Tensor, x: Tensor, du: Tensor | None, u: Tensor, routing: Routing, needs: Any
+    stack: _Stack,
+    dy: Tensor,
+    x: Tensor,
+    du: Tensor | None,
+    u: Tensor,
+    routing: Routing,
+    needs: Any,
+    norm_weight: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dA and dB of a stack from ``du = dy B`` and ``u = s x A^T``."""
+    """dA and dB of a stack from ``du = dy B`` and ``u = s x A^T``; with ``norm_weight``, x is what it multiplies."""
     da = db = None
     experts = stack.weight.shape[0]
     if needs[1]:
-        da = unpack_a(grouped_outer(du, x, routing, stack.a.dtype), stack.a, experts, stack.scaling)  # type: ignore[union-attr, arg-type]
+        da = grouped_outer(du, x, routing, stack.a.dtype if norm_weight is None else torch.float32)  # type: ignore[union-attr, arg-type]
+        da = unpack_a(da if norm_weight is None else da * norm_weight, stack.a, experts, stack.scaling)  # type: ignore[arg-type]
     if needs[2]:
         db = unpack_b(grouped_outer(dy, u, routing, stack.b.dtype), stack.b, experts)  # type: ignore[union-attr, arg-type]
     return da, db
@@ -262,19 +271,16 @@ def _down_grads(
 
 
 def _gate_up_grads(
-    stack: _Stack,
-    x: Tensor | None,
-    dgu: Tensor,
-    du: Tensor | None,
-    u: Tensor | None,
-    routing: Routing,
-    needs: Any,
-    dtype: torch.dtype,
+    stack: _Stack, kept: Input, dgu: Tensor, du: Tensor | None, u: Tensor | None, routing: Routing, needs: Any
 ) -> _StackGrads:
+    """Of a norm's result, ``x = w (n rstd)``, the norm's input is kept: then ``dA = (du^T (n rstd)) w``."""
     if not any(needs):
         return _StackGrads()
-    rows = None if x is None else gather(x, routing)
-    da, db = _low_grads(stack, dgu, rows, du, u, routing, needs)  # type: ignore[arg-type]
+    x, rstd, norm_weight = kept
+    rows = None
+    if x is not None:
+        rows = gather(x, routing, None if rstd is None else rstd.view(-1, 1).expand(routing.rows.shape))
+    da, db = _low_grads(stack, dgu, rows, du, u, routing, needs, norm_weight)  # type: ignore[arg-type]
     dw = grouped_outer(dgu, rows, routing, stack.weight.dtype) if needs[0] else None  # type: ignore[arg-type]
     return _StackGrads(dw, da, db)
 
