@@ -105,7 +105,7 @@ def _low(x: Tensor, a: Tensor | None, routing: Routing, known: Tensor | None) ->
 
 
 class LoraExperts(Function):
-    """Autograd node of `lora_experts`; saves x (or what its norm saves), the routing, its weights, gate and up, both u."""
+    """Autograd node of `lora_experts`; saves x (or what its norm saves), the routing, gate and up, and both u."""
 
     @staticmethod
     def forward(ctx, x, weights, residual, *rest):
