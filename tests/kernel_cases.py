@@ -309,7 +309,7 @@ def _grouped(rows: int, slots: int, dtype: torch.dtype, hidden: int, intermediat
     def integers(*shape: int) -> torch.Tensor:
         return _meta(*shape, dtype=torch.int32, grad=False)
 
-    routing = Routing(integers(rows), integers(rows // 4, 2), integers(8), integers(rows // 128), 128)
+    routing = Routing(integers(rows), integers(rows // 4, 2), integers(8), 128)
     make = functools.partial(torch.empty, dtype=dtype, device="meta")
     for n, k in ((2 * intermediate, hidden), (hidden, intermediate)):
         x, dy, u, dense = make(rows, k), make(rows, n), make(rows, slots), make(8, n, k)

@@ -48,8 +48,7 @@ def routing_of(counts, block, device="cpu", unused=1):
     """Experts with these many rows, and a few blocks that nobody uses; the pairs are of one choice a token."""
     blocks = [-(-count // block) for count in counts]
     ends = torch.tensor(blocks).cumsum(0) * block
-    experts = torch.arange(len(counts) + 1).repeat_interleave(torch.tensor([*blocks, unused]))
-    pairs = torch.full((len(experts) * block,), -1)
+    pairs = torch.full(((sum(blocks) + unused) * block,), -1)
     taken = 0
     for end, n, count in zip(ends.tolist(), blocks, counts):
         start = end - n * block
@@ -57,7 +56,7 @@ def routing_of(counts, block, device="cpu", unused=1):
         taken += count
     rows = torch.empty(taken, 1, dtype=torch.int64)
     rows[pairs[pairs >= 0], 0] = torch.nonzero(pairs >= 0)[:, 0]
-    return Routing(*(t.to(device, torch.int32) for t in (pairs, rows, ends, experts)), block)
+    return Routing(*(t.to(device, torch.int32) for t in (pairs, rows, ends)), block)
 
 
 def rows_of(routing, width, dtype, strided=False):
@@ -121,11 +120,10 @@ def problem(counts, n, k, dtype, slots=16, block=16, device="cpu", adapters=None
 
 
 def oracle(rows, stack, routing):
-    """rows_r stack_e in float64, by what each block of rows says its expert is."""
-    block, count = routing.block, used(routing)
-    experts = routing.experts[: count // block].tolist()
-    parts = [rows[i * block : (i + 1) * block].double() @ stack[e].double() for i, e in enumerate(experts)]
-    return torch.cat(parts) if parts else rows.new_zeros((0, stack.shape[2]), dtype=torch.float64)
+    """rows_r stack_e in float64, expert by expert."""
+    bounds = [0, *routing.ends.tolist()]
+    spans = zip(bounds, bounds[1:], stack)
+    return torch.cat([rows[start:end].double() @ matrix.double() for start, end, matrix in spans])
 
 
 def wanted(op, p, update=True):
@@ -499,7 +497,7 @@ def meta(*shape, dtype=BF16):
 
 
 def meta_routing(rows, experts=8, block=128):
-    shapes = (rows,), (rows // 4, 2), (experts,), (rows // block,)
+    shapes = (rows,), (rows // 4, 2), (experts,)
     return Routing(*(meta(*shape, dtype=torch.int32) for shape in shapes), block)
 
 

@@ -31,6 +31,7 @@ from tiny_llama import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from fast_unsloth_patch import switch
 from fast_unsloth_patch.ops import gemm
@@ -76,7 +77,17 @@ class _KeepsAll:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize(
-    "case", ["checkpointed", "inside another", "hooked", "kept", "not checkpointed", "stock policy", "context_fn"]
+    "case",
+    [
+        "checkpointed",
+        "inside another",
+        "hooked",
+        "kept",
+        "not checkpointed",
+        "stock policy",
+        "context_fn",
+        "other hooks",
+    ],
 )
 def test_gate_and_up_are_left_out_only_where_nobody_reads_them(case, reentrant, monkeypatch):
     """The forward of a region saves stand-ins of NaN for them, where a kernel forms h without them (here on a CPU)."""
@@ -112,6 +123,16 @@ def test_gate_and_up_are_left_out_only_where_nobody_reads_them(case, reentrant, 
     if case == "hooked":  # then the recompute computes all that the forward does
         for layer in layers_of(model):
             layer.mlp.register_forward_hook(lambda *_: None)
+    if case == "other hooks":  # inside the region: they would take what stands for gate and up
+        stock_call = LlamaMLP.__call__
+
+        def offloaded(self, x):
+            with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):
+                return stock_call(self, x)
+
+        monkeypatch.setattr(type(layers_of(model)[0].mlp), "__call__", offloaded)
+        for layer in layers_of(model):  # so that the decoder layer calls the module
+            layer.mlp.register_forward_hook(lambda *_: None)
     if case == "stock policy":
         monkeypatch.setattr(checkpointing, "_policy", "stock")
     with patched():
@@ -120,7 +141,8 @@ def test_gate_and_up_are_left_out_only_where_nobody_reads_them(case, reentrant, 
     assert fast.keys() == stock.keys() and max(far.values()) <= FP32, far
     # In the outer checkpoint's recompute a layer's region is a new one, which is called and recomputed once more. Where
     # there are no gradients, as in a reentrant forward, nobody reads them whatever the policy.
-    times = {"checkpointed": 1, "hooked": 1, "inside another": 2, "stock policy": int(reentrant)}
+    once = int(reentrant)
+    times = {"checkpointed": 1, "hooked": 1, "inside another": 2, "stock policy": once, "other hooks": once}
     assert calls == [False] * LAYERS * times.get(case, 0)
 
 

@@ -19,9 +19,9 @@ DTYPES = [FP32, FP16, BF16]
 
 
 def by_hand(index, num_experts, block):
-    """The four tensors of a Routing, as lists, pair by pair."""
+    """The three tensors of a Routing, as lists, pair by pair."""
     n_pairs, k = len(index) * len(index[0]), len(index[0])
-    pairs, rows, ends, experts = [], [None] * n_pairs, [], []
+    pairs, rows, ends = [], [None] * n_pairs, []
     for expert in range(num_experts):
         for pair in range(n_pairs):
             if index[pair // k][pair % k] == expert:
@@ -29,12 +29,10 @@ def by_hand(index, num_experts, block):
                 pairs.append(pair)
         pairs += [-1] * (-len(pairs) % block)
         ends.append(len(pairs))
-        experts += [expert] * (len(pairs) // block - len(experts))
     size = (n_pairs + min(num_experts, n_pairs) * (block - 1)) // block * block
     pairs += [-1] * (size - len(pairs))
-    experts += [num_experts] * (size // block - len(experts))
     rows = [-1 if row is None else row for row in rows]
-    return pairs, [rows[i : i + k] for i in range(0, n_pairs, k)], ends, experts
+    return pairs, [rows[i : i + k] for i in range(0, n_pairs, k)], ends
 
 
 def assert_by_hand(routing, index, num_experts, block):
@@ -126,7 +124,7 @@ def test_route_of_models(tokens, k, num_experts, poisoned_empty):
         assert torch.equal(got.cpu(), want)
     for _ in range(10):
         again = route(index, num_experts, 128)
-        assert all(torch.equal(a, b) for a, b in zip(routing[:4], again[:4]))
+        assert all(torch.equal(a, b) for a, b in zip(routing[:3], again[:3]))
 
 
 @pytest.mark.gpu
@@ -290,7 +288,7 @@ def test_bitwise_the_same_again(device):
     def run():
         routing = route(index, 8, 16)
         out = combine(z, routing, weights, residual)
-        return *routing[:4], out, gather(out, routing, weights)
+        return *routing[:3], out, gather(out, routing, weights)
 
     first = run()
     for _ in range(3):

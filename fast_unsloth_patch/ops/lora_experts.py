@@ -142,11 +142,11 @@ class LoraExperts(Function):
                     slots = rank_slots(down.a.shape[0] // experts)
                     u_down = stand_in(x2d, routing.pairs.shape[0], slots, dtype)
         if memo is not None and known is None:
-            memo.keep(*routing[:4], u, u_down)
+            memo.keep(*routing[:3], u, u_down)
         # The same tensors whether or not the output was computed: a non-reentrant checkpoint compares.
         weight, a, b = ctx.needs_input_grad[3 : 3 + _TENSORS]
         kept = keep_input(x, x2d, Dtypes(dtype, dtype, dtype, dtype), (weight, False, a, b, False))
-        ctx.save_for_backward(*kept, weights, *routing[:4], gu, u, u_down)
+        ctx.save_for_backward(*kept, weights, *routing[:3], gu, u, u_down)
         ctx.parameters = Parameters.of(tuple(tensors))
         ctx.scalings, ctx.dtype, ctx.block, ctx.tally = scalings, dtype, routing.block, tally
         # Noted, for hooks that copy what is saved lose the strides that show it.
@@ -160,8 +160,8 @@ class LoraExperts(Function):
     def backward(ctx, dy):
         if ctx.tally is not None:
             ctx.tally.hit_backward()
-        *kept, weights, pairs, rows, ends, of_blocks, gu, u, u_down = ctx.saved_tensors
-        routing = Routing(pairs, rows, ends, of_blocks, ctx.block)
+        *kept, weights, pairs, rows, ends, gu, u, u_down = ctx.saved_tensors
+        routing = Routing(pairs, rows, ends, ctx.block)
         if is_stand_in(gu):
             raise RuntimeError("gate and up were not kept for this backward")
         gate_up, down = _stacks(ctx.parameters.unchanged(), ctx.scalings)
@@ -208,8 +208,8 @@ def _recalled(known: Any, x: Tensor, index: Tensor, experts: int) -> tuple[Routi
     block = _block(x, x.dtype)
     if known is None:
         return route(index, experts, block), None, None
-    pairs, rows, ends, of_blocks, u, u_down = known
-    return Routing(pairs, rows, ends, of_blocks, block), u, u_down
+    pairs, rows, ends, u, u_down = known
+    return Routing(pairs, rows, ends, block), u, u_down
 
 
 def _of_pairs(values: Tensor, routing: Routing) -> Tensor:

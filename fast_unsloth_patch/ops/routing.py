@@ -20,8 +20,8 @@ from ..device.launch import as_rows, jit, launch, tl
 from ..reference.routing import combine_ref, gather_ref, route_ref
 
 MAX_CHOICES, MAX_EXPERTS = 8, 256
-# Elements of the tiles [pairs, experts] of the counting sort (8 a thread), unless that leaves less than so many pairs.
-_SORT_TILE, _SORT_LEAST, _SORT_WARPS = 2048, 32, 8
+# Elements of the tiles [pairs, experts] of the counting sort: 8 a thread.
+_SORT_TILE, _SORT_WARPS = 2048, 8
 # Programs of the sort at most: each adds up what all of them counted.
 _SORT_PROGRAMS = 128
 # Elements of a tile: 32 a thread, four 16-byte loads in bf16; where they are read for every choice, half of that.
@@ -39,14 +39,12 @@ class Routing(NamedTuple):
         pairs: [R], the pair that a row holds, as token * k + choice; -1: none (padding, or a block that nobody uses).
         rows: [T, k], the row of each pair, the inverse of ``pairs``; -1 for a pair whose expert does not exist.
         ends: [E], one past each expert's last row, its padding included (``offs`` of torch's ``grouped_mm``).
-        experts: [R // block], the expert of each block of rows; E for a block that nobody uses.
         block: rows of a block.
     """
 
     pairs: Tensor
     rows: Tensor
     ends: Tensor
-    experts: Tensor
     block: int
 
 
@@ -76,11 +74,11 @@ def _count_kernel(
 
 @jit(do_not_specialize=["n_pairs", "n_rows", "n_chunks", "chunk", "share"])
 def _place_kernel(
-    index_ptr, counts_ptr, pairs_ptr, rows_ptr, ends_ptr, experts_ptr, stride_t, stride_k,
+    index_ptr, counts_ptr, pairs_ptr, rows_ptr, ends_ptr, stride_t, stride_k,
     n_pairs, n_rows, n_chunks, chunk, share,
     K: tl.constexpr, E: tl.constexpr, SLOTS: tl.constexpr, SUB: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of pairs to its rows; then, in a share of the rows, the padding and the experts of the blocks."""
+    """A chunk of pairs to its rows; then, in a share of the rows, the padding."""
     pid = tl.program_id(0)
     experts = tl.arange(0, SLOTS)
     # Pairs of each expert, and those of them in the chunks before this one.
@@ -113,12 +111,9 @@ def _place_kernel(
     start = pid * share
     for first in range(start, start + share, SUB):
         row = first + tl.arange(0, SUB)
-        passed = (row[:, None] >= ends[None, :]) & (experts < E)[None, :]
         held = (row[:, None] >= starts[None, :]) & (row[:, None] < (starts + total)[None, :])
         padding = tl.sum(held.to(tl.int32), axis=1) == 0
         tl.store(pairs_ptr + row, tl.full([SUB], -1, tl.int32), mask=padding & (row < n_rows))
-        expert = tl.sum(passed.to(tl.int32), axis=1)
-        tl.store(experts_ptr + row // BLOCK, expert, mask=(row % BLOCK == 0) & (row < n_rows))
 
 
 @jit(do_not_specialize=["n_tokens", "n_rows", "token_tiles"])
@@ -225,9 +220,9 @@ def route(top_k_index: Tensor, num_experts: int, block: int) -> Routing:
     # `use_triton` knows floating dtypes.
     if not use_triton(ends.view(torch.float32)):
         return Routing(*route_ref(top_k_index, num_experts, block), block)
-    pairs, rows, experts = ends.new_empty(n_rows), ends.new_empty(tokens, k), ends.new_empty(n_rows // block)
+    pairs, rows = ends.new_empty(n_rows), ends.new_empty(tokens, k)
     slots = 1 << (num_experts - 1).bit_length()
-    sub = max(_SORT_LEAST, _SORT_TILE // slots)
+    sub = _SORT_TILE // slots
     programs = min(_SORT_PROGRAMS, _ceil(n_rows, sub))
     chunk, share = (_ceil(_ceil(n, programs), sub) * sub for n in (n_pairs, n_rows))
     chunks = _ceil(n_pairs, chunk)
@@ -236,7 +231,7 @@ def route(top_k_index: Tensor, num_experts: int, block: int) -> Routing:
     consts = {"K": k, "E": num_experts, "SLOTS": slots, "SUB": sub}
     counted = top_k_index, counts, *strides, n_pairs, chunk
     launch(_count_kernel, (chunks,), counted, consts, num_warps=_SORT_WARPS)
-    outputs = pairs, rows, ends, experts
+    outputs = pairs, rows, ends
     sizes = n_pairs, n_rows, chunks, chunk, share
     launch(
         _place_kernel,

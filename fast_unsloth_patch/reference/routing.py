@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def route_ref(top_k_index: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def route_ref(top_k_index: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """A stable sort of the pairs (token, choice) by expert.
 
     Args:
@@ -15,7 +15,7 @@ def route_ref(top_k_index: Tensor, num_experts: int, block: int) -> tuple[Tensor
         block: each expert's rows are padded to a multiple of it.
 
     Returns:
-        pairs [R], rows [T, k], ends [E], experts [R // block], int32, as `ops.routing.Routing` describes them. Nothing
+        pairs [R], rows [T, k], ends [E], int32, as `ops.routing.Routing` describes them. Nothing
         is read back from the device.
     """
     device, n_pairs = top_k_index.device, top_k_index.numel()
@@ -34,8 +34,7 @@ def route_ref(top_k_index: Tensor, num_experts: int, block: int) -> tuple[Tensor
     row = row.masked_fill(expert == num_experts, n_rows)
     pairs = torch.full((n_rows + 1,), -1, device=device).index_copy_(0, row, by_expert)[:n_rows]
     rows = torch.empty_like(row).index_copy_(0, by_expert, row.masked_fill(row == n_rows, -1))
-    experts = torch.searchsorted(ends, torch.arange(0, n_rows, block, device=device), right=True)
-    return pairs.int(), rows.view(top_k_index.shape).int(), ends.int(), experts.int()
+    return pairs.int(), rows.view(top_k_index.shape).int(), ends.int()
 
 
 def _accumulation(*tensors: Tensor | None) -> torch.dtype:
