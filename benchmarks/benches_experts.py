@@ -29,6 +29,7 @@ from fast_unsloth_patch.ops.grouped_gemm import (
     grouped_gemm_swiglu,
     grouped_outer,
 )
+from fast_unsloth_patch.ops.grouped_low_rank import grouped_down, grouped_down_outer
 from fast_unsloth_patch.ops.lora_experts import ExpertAdapter, ExpertProjection, lora_experts
 from fast_unsloth_patch.ops.routing import Routing, combine, gather, route
 from fast_unsloth_patch.reference.experts import lora_experts_ref
@@ -105,6 +106,10 @@ def _compared(rows: _Rows, inputs: tuple[Tensor, ...], impls: dict[str, Call], w
     return Bench(inputs, impls, {"forward": work}, gemm=gemm, errors=errors)
 
 
+def _worst(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> float:
+    return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, want))
+
+
 def _each(rows: _Rows, product: Callable[..., Tensor], *by_expert: Tensor) -> list[Tensor]:
     """``product(rows of e, *(operand[e] for operand in by_expert))`` for each expert."""
     return [
@@ -112,9 +117,7 @@ def _each(rows: _Rows, product: Callable[..., Tensor], *by_expert: Tensor) -> li
     ]
 
 
-def _product(
-    shape: Shape, tokens: int, device: str, *, n: int, k: int, back: bool = False, rank: int = 0, gemm: bool = True
-) -> Bench:
+def _product(shape: Shape, tokens: int, device: str, *, n: int, k: int, back: bool = False, rank: int = 0) -> Bench:
     """``y = x W_e^T``, or ``dx = dy W_e`` if `back`; with `rank` the low-rank update in the same product."""
     rows = _rows(shape, tokens, device)
     weight = _randn(shape.experts, n, k, device=device, scale=k**-0.5)
@@ -141,7 +144,7 @@ def _product(
     impls = {"fast": fast, "torch": stock, "grouped_mm": library}
     inputs = (x, weight, *(low if rank else ()))
     work = 2.0 * rows.pairs * n * k + 2.0 * rows.pairs * rank * outside
-    return _compared(rows, inputs, impls, work if gemm else float(x.nbytes), gemm)
+    return _compared(rows, inputs, impls, work, True)
 
 
 def _gate_up(shape: Shape, tokens: int, device: str, **options: Any) -> Bench:
@@ -152,12 +155,49 @@ def _down(shape: Shape, tokens: int, device: str, **options: Any) -> Bench:
     return _product(shape, tokens, device, n=shape.hidden, k=shape.intermediate, **options)
 
 
-def _skinny(shape: Shape, tokens: int, device: str, *, wide: bool, back: bool = False) -> Bench:
-    """``u = x A_e^T`` of gate_up, or ``dy B_e`` (`wide`, `back`) for its N: what reads one large activation."""
-    if back:
-        return _product(shape, tokens, device, n=2 * shape.intermediate, k=LORA_RANK, back=True, gemm=False)
-    k = shape.intermediate if wide else shape.hidden
-    return _product(shape, tokens, device, n=LORA_RANK, k=k, gemm=False)
+def _skinny(shape: Shape, tokens: int, device: str, *, k: int) -> Bench:
+    """``u = x A_e^T`` for x of k columns: of gate_up, of down, and, as dy B, of gate_up's gradient."""
+    rows = _rows(shape, tokens, device)
+    x = _randn(rows.pairs, k, device=device)
+    a = _randn(shape.experts, LORA_RANK, k, device=device, scale=k**-0.5)
+    padded = rows.padded(x)
+    impls: dict[str, Call] = {
+        "fast": lambda x, a: grouped_down(padded, a, rows.routing, by_rows=False),
+        "torch": lambda x, a: torch.cat(_each(rows, lambda part, m: x[part] @ m.t(), a)),
+        "grouped_mm": lambda x, a: _grouped_mm(x, a.mT, rows.ends),
+    }
+    return _compared(rows, (x, a), impls, float(x.nbytes), False)
+
+
+def _low_rank_backward(shape: Shape, tokens: int, device: str) -> Bench:
+    """``dy B_e`` and dB of gate_up in one pass over dy; "apart": in two."""
+    rows, n = _rows(shape, tokens, device), 2 * shape.intermediate
+    dy, u = (_randn(rows.pairs, width, device=device) for width in (n, LORA_RANK))
+    b = _randn(shape.experts, n, LORA_RANK, device=device, scale=n**-0.5)
+    padded, narrow = rows.padded(dy), rows.padded(u)
+
+    def apart(dy: Tensor, u: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        down = grouped_down(padded, b, rows.routing, by_rows=True)
+        return down, grouped_outer(padded, narrow, rows.routing, torch.float32)
+
+    def stock(dy: Tensor, u: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        down = _each(rows, lambda part, m: dy[part] @ m, b)
+        return torch.cat(down), torch.stack(_each(rows, lambda part: dy[part].t() @ u[part]))
+
+    def errors(fn: Call) -> float:
+        want, torchs = stock(dy.double(), u.double(), b.double()), stock(dy, u, b)
+        found = torchs
+        if fn is not stock:
+            d, db = fn(dy, u, b)
+            found = d[rows.places], db
+        return _worst(found, want) / (2 * _worst(torchs, want))
+
+    impls: dict[str, Call] = {
+        "fast": lambda dy, u, b: grouped_down_outer(padded, narrow, b, rows.routing, torch.float32),
+        "torch": stock,
+        "apart": apart,
+    }
+    return Bench((dy, u, b), impls, {"forward": float(dy.nbytes)}, errors=errors)
 
 
 def _swiglu(shape: Shape, tokens: int, device: str) -> Bench:
@@ -241,17 +281,14 @@ def _swiglu_backward(shape: Shape, tokens: int, device: str) -> Bench:
         return h, torch.cat([dh * weight * up * (sig + silu * (1 - sig)), dh * weight * silu], -1), dw
 
     def errors(fn: Call) -> float:
-        def distance(got: tuple[Tensor, ...]) -> float:
-            return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, want))
-
         want = stock(dh.double(), gu.double(), weights.double())
-        torchs = distance(stock(dh, gu, weights))
+        torchs = _worst(stock(dh, gu, weights), want)
         if fn is stock:
             return 0.5
         own.copy_(rows.padded(dh))
         dw = kernel()
         found = own[rows.places], dgu[rows.places], dw[rows.places, None]
-        return distance(found) / max(2 * torchs, 1e-6)
+        return _worst(found, want) / max(2 * torchs, 1e-6)
 
     # reads dh, gate and up; writes h, dgate and dup
     return Bench((dh, gu, weights), {"fast": kernel, "torch": stock}, {"forward": 6.0 * dh.nbytes}, errors=errors)
@@ -307,9 +344,9 @@ EXPERT_OPS: dict[str, Callable[[Shape, int, str], Bench]] = {
     "experts_gate_up_dx_lora": partial(_gate_up, back=True, rank=LORA_RANK),
     "experts_down": _down,
     "experts_down_dx": partial(_down, back=True),
-    "experts_low_rank": partial(_skinny, wide=False),
-    "experts_low_rank_down": partial(_skinny, wide=True),
-    "experts_low_rank_dy": partial(_skinny, wide=True, back=True),
+    "experts_low_rank": lambda shape, *args: _skinny(shape, *args, k=shape.hidden),
+    "experts_low_rank_down": lambda shape, *args: _skinny(shape, *args, k=shape.intermediate),
+    "experts_low_rank_backward": _low_rank_backward,
     "experts_outer_a": partial(_outer_of, factor="a"),
     "experts_outer_b": partial(_outer_of, factor="b"),
     "experts_swiglu_backward": _swiglu_backward,

@@ -30,8 +30,7 @@ def _packed_attention(shape: Shape, tokens: int, device: str) -> Bench:
     """One row of 16 documents of one length (of 8 tokens at least).
 
     "dense" is what stock runs: a dense mask, with which no flash kernel runs, and for which grouped heads are copied
-    out. "rows": the documents as a batch. "cudnn": cuDNN over the same row, by the operator behind nested tensors. Its
-    graph is made for a number of documents and a longest one.
+    out. "varlen": as documents of several lengths run. "rows": the documents as a batch.
     """
     count = min(DOCUMENTS, tokens // 8)
     length, scaling = tokens // count, shape.head_dim**-0.5
@@ -58,13 +57,9 @@ def _packed_attention(shape: Shape, tokens: int, device: str) -> Bench:
         # One call a document: the oracle in float64, for which a dense mask would take tens of GiB.
         "torch": partial(varlen_attention_ref, cu_seqlens=ends, scaling=scaling),
         "dense": dense,
+        "varlen": partial(varlen_attention, cu_seqlens=ends, max_length=length + 1, scaling=scaling),
         "rows": rows,
     }
-    if device == "cuda" and hasattr(torch.ops.aten, "_cudnn_attention_forward"):
-        cudnn = torch.ops.aten._cudnn_attention_forward
-        impls["cudnn"] = lambda q, k, v: cudnn(
-            q, k, v, None, ends, ends, length, length, True, 0.0, True, scale=scaling
-        )[0]
     heads = (shape.heads, *2 * [shape.kv_heads])
     inputs = tuple(_randn(tokens, n, shape.head_dim, device=device) for n in heads)
     return Bench(inputs, impls, {"forward": flops, "backward": 2.5 * flops}, gemm=True)

@@ -31,7 +31,8 @@ from fast_unsloth_patch.ops.grouped_gemm import (
     grouped_gemm_swiglu,
     grouped_outer,
 )
-from fast_unsloth_patch.ops.linear_cross_entropy import cross_entropy_chunk
+from fast_unsloth_patch.ops.grouped_low_rank import grouped_down, grouped_down_outer
+from fast_unsloth_patch.ops.linear_cross_entropy import cross_entropy_chunk, prepare_labels
 from fast_unsloth_patch.ops.lora_linear import Adapter, Projection, lora_linear
 from fast_unsloth_patch.ops.lora_mlp import lora_mlp
 from fast_unsloth_patch.ops.lora_qkv import lora_qkv
@@ -211,6 +212,8 @@ def _others(tokens: int, dtype: torch.dtype, hidden: int, intermediate: int, voc
     swiglu(gate, up).sum().backward()
     swiglu_bwd(gate, gate, up, product=gate)
     logits, labels = _meta(tokens, vocab, dtype=dtype), _meta(tokens, dtype=torch.int64, grad=False)
+    prepare_labels(labels, vocab_size=vocab)
+    prepare_labels(labels, labels, vocab_size=vocab)
     for grad in (False, True):
         scale = 4096.0 if dtype is FP16 else 1.0
         cross_entropy_chunk(logits, labels, _meta(tokens, dtype=FP32), grad=grad, scale=scale)
@@ -322,9 +325,11 @@ def _grouped(rows: int, slots: int, dtype: torch.dtype, hidden: int, intermediat
                 grouped_gemm_dx(dy, weight, routing, update=update)
         grouped_gemm(x, a, routing)
         grouped_gemm_dx(dy, b, routing)
+        grouped_down(x, a, routing, by_rows=False)
         for result in (dtype, FP32):
             grouped_outer(u, x, routing, result)
             grouped_outer(dy, u, routing, result)
+            grouped_down_outer(dy, u, b, routing, result)
 
 
 def _experts(

@@ -72,6 +72,32 @@ def test_against_dense_mask(heads, window):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("case", ["equal", "longer window", "window", "deterministic", "unequal"])
+def test_documents_of_one_length_are_rows(case, device, monkeypatch):
+    """sdpa runs them, and there alone; the numbers are those of the definition."""
+    called, sdpa = [], op.F.scaled_dot_product_attention
+    monkeypatch.setattr(op.F, "scaled_dot_product_attention", lambda *a, **k: called.append(k) or sdpa(*a, **k))
+    lengths = [5, 6, 7] if case == "unequal" else [6, 6, 6]
+    window = {"window": 3, "longer window": 6}.get(case)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    bounds, (buffer, grad) = bounds_of(lengths), operands(lengths, 4, 2, 8, dtype, device)
+    if case == "deterministic":
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    options = {"scaling": 0.3, "window": window}
+    fast = results(
+        lambda *args, **kwargs: varlen_attention(*args, max(lengths), **kwargs),
+        buffer, grad, 4, 2, bounds.to(device), **options,
+    )  # fmt: skip
+    exact = results(dense, buffer.detach().double().requires_grad_(), grad.double(), 4, 2, bounds, **options)
+    limit = 1e-5 if device == "cpu" else 2e-2
+    for a, b in zip(fast, exact):
+        torch.testing.assert_close(a.double(), b, rtol=limit, atol=limit)
+    assert fast[0].is_contiguous()
+    # The reference calls it for each document.
+    assert sum("enable_gqa" in options for options in called) == (case in ("equal", "longer window"))
+
+
 def test_documents_do_not_see_each_other():
     bounds = bounds_of([4, 6])
     buffer, _ = operands([4, 6], 2, 2, 8, torch.float64)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fast_unsloth_patch.ops import kept_labels
 from fast_unsloth_patch.ops import linear_cross_entropy as op
 from fast_unsloth_patch.ops.linear_cross_entropy import linear_cross_entropy, prepare_labels
 from fast_unsloth_patch.reference.linear_cross_entropy import linear_cross_entropy_ref
 from fast_unsloth_patch.status import Tally
 
 FP32 = 1e-5
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def operands(tokens, vocab, width, dtype=torch.float32, device="cpu", ignored=0.3, seed=0):
@@ -195,17 +199,138 @@ def test_float64():
     check(hidden, weight, labels)
 
 
-def test_labels():
-    """Shifted as stock shifts, given as shift_labels, with the count on the host."""
-    labels = torch.tensor([[3, 1, -100, 2], [-100, 4, 4, 0]])
-    kept = prepare_labels(labels, vocab_size=5)
-    shifted = F.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1)
+def some_labels(*shape, ignore_index=-100, ignored=0.3, device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 50, shape, generator=generator)
+    return labels.masked_fill_(torch.rand(shape, generator=generator) < ignored, ignore_index).to(device)
+
+
+LABELS = {
+    "rows of odd length": lambda **d: some_labels(3, 5, **d),
+    "rows of one": lambda **d: some_labels(7, 1, ignored=0.0, **d),
+    "one row": lambda **d: some_labels(37, **d),
+    "three dimensions": lambda **d: some_labels(2, 3, 7, **d),
+    "all ignored": lambda **d: some_labels(2, 6, ignored=1.0, **d),
+    "none ignored": lambda **d: some_labels(2, 6, ignored=0.0, **d),
+    "one block": lambda **d: some_labels(2, 2048, **d),
+    "just over a block": lambda **d: some_labels(1, 4097, ignored=0.1, **d),
+    "rows across blocks": lambda **d: some_labels(13, 701, **d),
+    "a block of ignored ones": lambda **d: torch.cat([some_labels(4096, ignored=1.0, **d), some_labels(4500, **d)]),
+    "no rows": lambda **d: some_labels(0, 5, **d),
+    "empty rows": lambda **d: some_labels(2, 0, **d),
+    "transposed": lambda **d: some_labels(5, 4, **d).t(),
+    "every other": lambda **d: some_labels(3, 22, **d)[:, 1::2],
+    "expanded": lambda **d: some_labels(1, 9, **d).expand(4, 9),
+    "part of a tensor": lambda **d: some_labels(5, 9, **d)[1:],
+    "int32": lambda **d: some_labels(3, 9, **d).int(),
+}
+
+
+def shifted_by_hand(labels, ignore_index=-100):
+    ends = labels.new_full((*labels.shape[:-1], 1), ignore_index)
+    return torch.cat([labels, ends], dim=-1)[..., 1:].flatten()
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    seen = []
+    launch = kept_labels.launch
+    monkeypatch.setattr(kept_labels, "launch", lambda kernel, *a, **k: seen.append(kernel) or launch(kernel, *a, **k))
+    return seen
+
+
+def check_kept(kept, target, ignore_index=-100):
+    """Against ``nonzero`` on the shifted labels; nothing beyond the count is looked at."""
     n = kept.count()
-    assert n == 5 and kept.total == 8
-    assert kept.rows[:n].tolist() == (shifted != -100).nonzero().flatten().tolist()
-    assert torch.equal(kept.labels[:n], shifted[kept.rows[:n]])
-    again = prepare_labels(labels, shifted.view(2, 4), vocab_size=5)
-    assert torch.equal(again.rows, kept.rows) and torch.equal(again.labels, kept.labels)
+    rows = (target != ignore_index).nonzero().flatten()
+    assert n == len(rows) and kept.total == target.numel()
+    assert kept.rows.dtype is kept.labels.dtype is torch.int64 and kept.rows.shape == kept.labels.shape == (kept.total,)
+    assert torch.equal(kept.rows[:n].cpu(), rows) and torch.equal(kept.labels[:n].cpu(), target[rows].long())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", LABELS)
+def test_kept(name, device, launches, poisoned_empty):
+    """Labels shifted as stock shifts, or given as shift_labels; the kernel and torch's operators find the same."""
+    labels, there = LABELS[name](), LABELS[name](device=device)
+    assert there.stride() == labels.stride()
+    check_kept(prepare_labels(there, vocab_size=50), shifted_by_hand(labels))
+    check_kept(prepare_labels(there, there, vocab_size=50), labels.flatten())
+    check_kept(prepare_labels(None, there[None, ..., None], vocab_size=50), labels.flatten())
+    assert launches == [kept_labels._kept_labels_kernel] * (3 if INTERPRETED or device == "cuda" else 0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("ignore_index", [4, 0, -1, 49, 2**40])
+def test_kept_other_ignore_index(ignore_index, device, poisoned_empty):
+    labels = some_labels(3, 41, ignore_index=ignore_index)
+    how = {"vocab_size": 50, "ignore_index": ignore_index}
+    check_kept(prepare_labels(labels.to(device), **how), shifted_by_hand(labels, ignore_index), ignore_index)
+    check_kept(prepare_labels(labels, labels.to(device), **how), labels.flatten(), ignore_index)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_kept_counts_bad_labels(device):
+    """All of them in all blocks, but neither an ignored one nor the first of a row, which nothing predicts."""
+    labels = some_labels(3, 3001)
+    labels[0, 7], labels[1, 3000], labels[2, 1], labels[2, 2999] = 50, -1, 2**40, -(2**33) - 100
+    labels[1, 0] = 77
+    for bad, shift_labels in ((4, None), (5, labels.to(device))):
+        with pytest.raises(IndexError, match=rf"^Target is out of bounds: {bad} labels are outside \[0, 50\)$"):
+            prepare_labels(labels.to(device), shift_labels, vocab_size=50).count()
+    labels = torch.tensor([[99, 3, 99, 0]], device=device)
+    check_kept(prepare_labels(labels, vocab_size=4, ignore_index=99), torch.tensor([3, 99, 0, 99]), 99)
+
+
+def test_kept_elsewhere(launches, monkeypatch):
+    """For hidden states on another device; and more positions than the kernel counts are left to torch."""
+    labels = some_labels(3, 5)
+    kept = prepare_labels(labels, vocab_size=50, device=torch.device("meta"))
+    assert kept.rows.is_meta and kept.labels.is_meta
+    assert kept.count() == (labels[:, 1:] != -100).sum()
+    before = len(launches)
+    monkeypatch.setattr(kept_labels, "_MAX_TOKENS", 14)
+    check_kept(prepare_labels(labels, vocab_size=50), shifted_by_hand(labels))
+    assert len(launches) == before == int(INTERPRETED)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_kept_is_one_launch(device, monkeypatch):
+    """Beside the kernel nothing runs but, on CUDA, the copy of the counts: other operators make tensors or views."""
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    seen, launched = [], []
+    monkeypatch.setattr(kept_labels, "use_triton", lambda t: True)
+    monkeypatch.setattr(kept_labels, "launch", lambda kernel, grid, *a, **k: launched.append(grid))
+    labels = some_labels(3, 9).to(device)
+    for shift_labels in (None, labels):
+        with Recorder():
+            prepare_labels(labels, shift_labels, vocab_size=50)
+    assert launched == [(1,)] * 2
+    assert set(seen) <= {"empty", "new_empty", "view", "detach", "copy_"} and seen.count("copy_") == 2 * (
+        device == "cuda"
+    )
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled there")
+def test_kept_is_compiled_once():
+    """Not for each number of tokens, length of rows, vocabulary or ignored label; shifting makes another kernel."""
+    pytest.importorskip("triton")
+    import kernel_cases
+
+    from fast_unsloth_patch.device.launch import target_limits
+
+    with kernel_cases.recorded(target_limits(90)) as launched:
+        for shape, vocab, ignore_index in (((1, 1), 1, -100), ((2, 16), 16, 1), ((3, 7), 50, 16), ((9001,), 128256, 0)):
+            labels = torch.empty(shape, dtype=torch.int64, device="meta")
+            for shift_labels in (None, labels):
+                prepare_labels(labels, shift_labels, vocab_size=vocab, ignore_index=ignore_index)
+    cases = [kernel_cases._as_case("", *parts) for parts in launched]
+    assert len(cases) == 8 and len(set(cases)) == 2
 
 
 @pytest.mark.parametrize("bad", [5, -1, -99, 2**40])
@@ -270,6 +395,14 @@ def test_interpreter(run_python):
     """
     result = run_python(textwrap.dedent(code), env={"TRITON_INTERPRET": "1"})
     assert result.returncode == 0 and result.stdout.startswith("fine"), result.stderr[-3000:]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the run it starts")
+def test_kept_in_the_interpreter(run_python):
+    """The kernel that finds the rows; and the loss, with poison where it found none."""
+    chosen = ("-q", "-x", "-m", "not gpu", "-k", "kept or reference or all_ignored or out_of_range")
+    done = run_python(None, env={"TRITON_INTERPRET": "1"}, args=("-m", "pytest", *chosen, __file__))
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
 
 
 @pytest.mark.gpu

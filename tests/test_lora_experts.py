@@ -251,13 +251,17 @@ def test_a_recompute_leaves_out_the_output(reentrant, memos, device, monkeypatch
 
 def test_an_output_that_nobody_needs_is_not_computed(monkeypatch):
     case = make()
-    products, product = [], module.grouped_gemm
+    products = []
 
-    def counted(x, weight, *args, **kwargs):
-        products.append(tuple(weight.shape))
-        return product(x, weight, *args, **kwargs)
+    def counted(product):
+        def call(x, weight, *args, **kwargs):
+            products.append(tuple(weight.shape))
+            return product(x, weight, *args, **kwargs)
 
-    monkeypatch.setattr(module, "grouped_gemm", counted)
+        return call
+
+    for name in ("grouped_down", "grouped_gemm", "grouped_gemm_swiglu"):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
     y = lora_experts(*case, need_output=False)
     assert y.shape == case[0].shape and not y.any()
     assert products == [(EXPERTS, 16, HIDDEN), (EXPERTS, 2 * INNER, HIDDEN)]
@@ -279,13 +283,18 @@ def test_two_backwards_are_equal_to_the_bit(device):
 def test_only_what_is_asked_for_is_computed(monkeypatch):
     """No product of two activations for a frozen weight, and none for a frozen adapter."""
     outer = []
-    monkeypatch.setattr(module, "grouped_outer", lambda *a, g=module.grouped_outer: outer.append(1) or g(*a))
+
+    def counted(name, product):
+        return lambda *args: outer.append(name) or product(*args)
+
+    for name in ("grouped_outer", "grouped_down_outer"):
+        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
     case = make()
     case[3].adapter.a.requires_grad_(False)
     case[4].adapter.b.requires_grad_(False)
     y = lora_experts(*case)
     torch.autograd.grad(y.sum(), [t for t in leaves(*case).values()])
-    assert len(outer) == 2
+    assert outer == ["grouped_outer", "grouped_down_outer"]
 
 
 def test_counts_one_backward_and_takes_no_second_derivative():

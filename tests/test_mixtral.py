@@ -324,15 +324,18 @@ def test_gradients_of_recorded_outputs():
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("train", [lora, lambda model: model], ids=["lora", "full"])
 def test_checkpointing(train, reentrant, asked):
-    """Every layer is recomputed, fast, once; router logits are recorded in the forward alone."""
+    """Every layer but the last is recomputed, fast, once; router logits are recorded in the forward alone.
+
+    In a reentrant region they have no gradient: where they are asked for, the last layer is recomputed too.
+    """
     model = train(mixtral(**BALANCED))
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     fast, _ = every_patch(model, batch(), output_router_logits=asked)
     counted = {name: (tally(f"mixtral.{name}").forward, tally(f"mixtral.{name}").recomputed) for name in PARTS}
-    twice = (LAYERS, LAYERS)
-    assert counted == {**dict.fromkeys(PARTS, twice), "rms_norm": (NORMS, NORMS - 1)}
-    assert tally("mixtral.checkpointing").recomputed == LAYERS
+    again = LAYERS if reentrant and asked else LAYERS - 1
+    assert counted == {**dict.fromkeys(PARTS, (LAYERS, again)), "rms_norm": (NORMS, 2 * again)}
+    assert tally("mixtral.checkpointing").recomputed == again
     assert (fast.output.router_logits is not None) is asked
     # Nothing reads the experts' sum in a recompute, and it is known where nothing hangs on the layer.
     told = fallbacks("mixtral.checkpointing")
@@ -348,7 +351,7 @@ def test_checkpointing_of_documents(window, reentrant, case):
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     compare(model, padded_at(*SIDES["both"]) if case == "padded" else packed([5, 11], [9, 7]))
-    assert tally("mixtral.attention").recomputed == LAYERS
+    assert tally("mixtral.attention").recomputed == LAYERS - 1
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -396,7 +399,8 @@ def test_fsdp2(asked, tmp_path):
             output = model(**given)
             output.loss.backward()
         assert hits()["mixtral.loss"] == 1
-        assert difference(dict.fromkeys(hits(), 0)) == parts(2 * LAYERS, 2 * NORMS - 1, 2 * LAYERS, 2 * LAYERS)
+        times = 2 * LAYERS - 1  # the last layer is not recomputed
+        assert difference(dict.fromkeys(hits(), 0)) == parts(times, 2 * NORMS - 3, times, times)
         grads = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
         assert_same(stock._replace(loss=output.loss.detach(), grads=grads), stock)
     finally:

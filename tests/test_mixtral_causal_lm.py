@@ -352,5 +352,5 @@ def test_jitter_is_the_same_in_the_recompute(reentrant, inputs):
         torch.manual_seed(5)
         with arm:
             results.append(run(model, inputs, keep_logits=False))
-    assert tally("mixtral.decoder_layer").recomputed == LAYERS
+    assert tally("mixtral.decoder_layer").recomputed == LAYERS - 1  # the loss follows the last
     assert_same(*results)

@@ -160,7 +160,7 @@ def test_checkpointing(family, reentrant):
     name = family.split()[0]
     before = tally(f"{name}.attention").recomputed
     compare(model, padded(*SIDES["both"]))
-    assert tally(f"{name}.attention").recomputed == before + LAYERS
+    assert tally(f"{name}.attention").recomputed == before + LAYERS - 1  # the loss follows the last
 
 
 def test_gradient_accumulation_and_shifted_labels():

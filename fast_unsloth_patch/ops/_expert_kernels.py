@@ -8,39 +8,38 @@ from ..device.dispatch import use_triton
 from ..device.launch import jit, launch, tl
 from .low_rank import rank_slots, widened
 
-_BLOCK_T, _BLOCK_N = 8, 512
+_BLOCK = 1024
 
 
-@jit(do_not_specialize=["R"])
+@jit
 def _weighted_swiglu_bwd_kernel(
-    dh_ptr, gu_ptr, dgu_ptr, pairs_ptr, weights_ptr, dw_ptr, R,
-    N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    # A program has whole rows, so that the sum over a row needs no second pass. Padding is not read; it becomes zero.
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    inside = rows < R
-    pairs = tl.load(pairs_ptr + rows, mask=inside, other=-1)
-    used = pairs >= 0
-    weight = tl.load(weights_ptr + pairs, mask=used, other=0.0).to(tl.float32)[:, None]
-    total = tl.zeros([BLOCK_T], tl.float32)
-    for start in range(0, N, BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
-        mask, stored = used[:, None] & (cols < N)[None, :], inside[:, None] & (cols < N)[None, :]
-        at = rows[:, None] * (2 * N) + cols[None, :]
-        dh_at = dh_ptr + rows[:, None] * N + cols[None, :]
-        gate = tl.load(gu_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(gu_ptr + at + N, mask=mask, other=0.0).to(tl.float32)
-        dh = tl.load(dh_at, mask=mask, other=0.0).to(tl.float32)
+    dh_ptr, gu_ptr, dgu_ptr, pairs_ptr, weights_ptr, dw_ptr, N: tl.constexpr, BLOCK: tl.constexpr
+):
+    # A program has a whole row, so that the sum over it needs no second pass. Padding is not read; it becomes zero.
+    row = tl.program_id(0).to(tl.int64)
+    pair = tl.load(pairs_ptr + row)
+    used = tl.where(pair < 0, 0, N)
+    weight = tl.load(weights_ptr + tl.maximum(pair, 0)).to(tl.float32)
+    dh_ptr += row * N
+    gu_ptr += row * (2 * N)
+    dgu_ptr += row * (2 * N)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, N, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        inside, mask = cols < N, cols < used
+        gate = tl.load(gu_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(gu_ptr + N + cols, mask=mask, other=0.0).to(tl.float32)
+        dh = tl.load(dh_ptr + cols, mask=mask, other=0.0).to(tl.float32)
         sig = tl.sigmoid(gate)
         silu = gate * sig
         h = (silu * up).to(dh_ptr.dtype.element_ty)
-        total += tl.sum(h.to(tl.float32) * dh, axis=1)
+        total += h.to(tl.float32) * dh
         dh *= weight
         dgate = dh * up * (sig + silu * (1.0 - sig))
-        tl.store(dgu_ptr + at, dgate.to(dgu_ptr.dtype.element_ty), mask=stored)
-        tl.store(dgu_ptr + at + N, (dh * silu).to(dgu_ptr.dtype.element_ty), mask=stored)
-        tl.store(dh_at, h, mask=stored)
-    tl.store(dw_ptr + rows, total, mask=inside)
+        tl.store(dgu_ptr + cols, dgate.to(dgu_ptr.dtype.element_ty), mask=inside)
+        tl.store(dgu_ptr + N + cols, (dh * silu).to(dgu_ptr.dtype.element_ty), mask=inside)
+        tl.store(dh_ptr + cols, h, mask=inside)
+    tl.store(dw_ptr + row, tl.sum(total, axis=0))
 
 
 def weighted_swiglu_bwd(
@@ -78,10 +77,8 @@ def weighted_swiglu_bwd(
         return dw
     dw = torch.empty(rows, dtype=torch.float32, device=dh.device)
     if rows:
-        launch(
-            _weighted_swiglu_bwd_kernel, (-(-rows // _BLOCK_T),), (dh, gu, dgu, pairs, weights, dw, rows),
-            (width, _BLOCK_T, _BLOCK_N), num_warps=4,
-        )  # fmt: skip
+        block = min(_BLOCK, 1 << (width - 1).bit_length())
+        launch(_weighted_swiglu_bwd_kernel, (rows,), (dh, gu, dgu, pairs, weights, dw), (width, block))
     return dw
 
 

@@ -29,11 +29,11 @@ STRIPES = {
 }
 # Exact, not fast: the interpreter's bfloat16 is wrong, its float32 a good oracle.
 _INTERPRETED = Config((32, 64))
-_DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.bfloat16, torch.float16)
 # What a program costs beside its blocks of rows, in blocks: filling the pipeline, leaving its part of G.
 _START = 2
-_SUM_BLOCK = 1024
-_SUM_CHUNK = 8
+SUM_BLOCK = 1024
+SUM_CHUNK = 8
 
 
 @jit(do_not_specialize=["T", "t_split"])
@@ -75,7 +75,7 @@ def _down_outer_kernel(
 
 
 @jit
-def _sum_parts(ptr, parts, stride, offs, mask, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+def sum_parts(ptr, parts, stride, offs, mask, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     # Several parts at once: one after another, each load would wait for the one before.
     total = tl.zeros([BLOCK], tl.float32)
     for first in range(0, parts, CHUNK):
@@ -93,7 +93,7 @@ def _sum_d(
     offs = block * BLOCK + tl.arange(0, BLOCK)
     size = T.to(tl.int64) * SLOTS
     mask = offs < T * SLOTS
-    d = _sum_parts(parts + stripe * size, stripes, size, offs, mask, BLOCK, CHUNK) * scale
+    d = sum_parts(parts + stripe * size, stripes, size, offs, mask, BLOCK, CHUNK) * scale
     row, slot = offs // SLOTS, offs % SLOTS
     at = d_ptr + row.to(tl.int64) * d_stride + first + slot
     tl.store(at, d.to(d_ptr.dtype.element_ty), mask=mask & (slot < slots))
@@ -129,7 +129,7 @@ def _down_outer_sum_kernel(
         block -= J * row_blocks
         offs = block * BLOCK + tl.arange(0, BLOCK)
         size = stripes * BLOCK_K * SLOTS
-        g = _sum_parts(g_parts, splits, size, offs, offs < size, BLOCK, CHUNK)
+        g = sum_parts(g_parts, splits, size, offs, offs < size, BLOCK, CHUNK)
         # BLOCK divides BLOCK_K * SLOTS: a block lies within one stripe.
         stripe = block * BLOCK // (BLOCK_K * SLOTS)
         rank, width, before, start = R0, k0, 0, 0
@@ -165,7 +165,7 @@ def covers(x: torch.Tensor, siblings: Siblings, dtype: torch.dtype) -> bool:
         and masks is None
         and (starts is not None or len(mats) == 1)
         and x.dtype is dtype
-        and dtype in _DTYPES
+        and dtype in DTYPES
         and x.stride(-1) == 1
         and x.shape[0] > 0
         and all([m.dtype is mats[0].dtype for m in mats])
@@ -229,9 +229,9 @@ def down_outer(
     args = (x, u, *m, parts, g_parts, tokens, t_split, x.stride(0), u.stride(0), *cols, *k)
     consts = (count, by_rows, *of_ranks, block_t, block_k)
     launch(_down_outer_kernel, (stripes, splits), args, consts, num_warps=num_warps, num_stages=num_stages)
-    blocks = count * _ceil(tokens * slots, _SUM_BLOCK) + g_size // _SUM_BLOCK
+    blocks = count * _ceil(tokens * slots, SUM_BLOCK) + g_size // SUM_BLOCK
     sums = (parts, g_parts, d, g, *scales, *(0.0,) * pad, tokens, splits, d.stride(0), *k)
-    sum_consts = (count, by_rows, *of_ranks, block_k, dtype is torch.float16, _SUM_BLOCK, _SUM_CHUNK)
+    sum_consts = (count, by_rows, *of_ranks, block_k, dtype is torch.float16, SUM_BLOCK, SUM_CHUNK)
     launch(_down_outer_sum_kernel, (blocks,), sums, sum_consts)
     return d, [part.view(m.shape) for m, part in zip(mats, g.split([m.numel() for m in mats]))]
 

@@ -20,11 +20,11 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from ..device.dispatch import use_triton
 from ..device.launch import jit, launch, tl
+from .kept_labels import Kept, prepare_labels
 
 # Logits of one chunk. At 8192 x 128256 in bf16 it gives 4 chunks of 2048 rows: enough rows for the three GEMMs to run
 # at full speed (2048 x 4096 outputs over K = 128256 are two waves of tiles on an H200), and less than training has free
@@ -111,85 +111,6 @@ def cross_entropy_chunk(
         p = torch.sub(x, lse).exp_()
         p.scatter_add_(-1, index, p.new_full(index.shape, -1.0))
         logits.copy_(p.mul_(scale))
-
-
-class Kept:
-    """The rows that count, worked out from the labels alone, so before the layers run: nobody waits for them later.
-
-    Attributes:
-        rows: [T] int64, the indices of all rows, those that count first and in order; only the first ``count()``
-            matter.
-        labels: [T] int64, the labels in that order.
-        total: T.
-    """
-
-    __slots__ = ("_counts", "_event", "_vocab_size", "labels", "rows", "total")
-
-    def __init__(
-        self, rows: torch.Tensor, labels: torch.Tensor, total: int, counts: torch.Tensor, event, vocab_size: int
-    ):
-        self.rows = rows
-        self.labels = labels
-        self.total = total
-        self._counts = counts  # on the host: rows that count, rows with an impossible label
-        self._event = event
-        self._vocab_size = vocab_size
-
-    def count(self) -> int:
-        """How many rows count. On CUDA it waits for the copy that `prepare_labels` queued, for nothing after it.
-
-        Raises:
-            IndexError: a label is neither in [0, V) nor the ignored one. Stock raises the same on a CPU and on CUDA
-                aborts the process by a device-side assertion.
-        """
-        if self._event is not None:
-            self._event.synchronize()
-            self._event = None
-        kept, bad = self._counts.tolist()
-        if bad:
-            raise IndexError(f"Target is out of bounds: {bad} labels are outside [0, {self._vocab_size})")
-        return kept
-
-
-def prepare_labels(
-    labels: torch.Tensor,
-    shift_labels: torch.Tensor | None = None,
-    *,
-    vocab_size: int,
-    ignore_index: int = -100,
-    device: torch.device | None = None,
-) -> Kept:
-    """Find the rows whose label counts, without waiting for the device.
-
-    Call it before the first layer is launched: the two counts are then on the host long before the loss needs them.
-
-    Args:
-        labels: [..., S] int64 token ids, not shifted: position s is predicted at s - 1, the last position of a row
-            counts never.
-        shift_labels: labels that are shifted already (of any shape, T elements); ``labels`` is then not looked at.
-        vocab_size: V, labels outside [0, V) are an error of `Kept.count`.
-        ignore_index: label of the rows that do not count.
-        device: where the hidden states will be; None: where the labels are.
-    """
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    target = shift_labels.reshape(-1).long()
-    device = target.device if device is None else device
-    counted = target != ignore_index
-    counts = torch.stack((counted.sum(), (counted & ((target < 0) | (target >= vocab_size))).sum()))
-    event = None
-    if target.is_cuda:
-        host = torch.empty(2, dtype=torch.int64, pin_memory=True)
-        host.copy_(counts, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(target.device))
-        counts = host
-    # A stable sort rather than nonzero, whose size only the device knows.
-    rows = torch.sort(counted.logical_not().to(torch.uint8), stable=True).indices
-    order = target.index_select(0, rows)
-    if target.device != device:
-        rows, order = rows.to(device, non_blocking=True), order.to(device, non_blocking=True)
-    return Kept(rows, order, target.numel(), counts, event, vocab_size)
 
 
 def compute_dtype(hidden: torch.Tensor) -> torch.dtype:

@@ -31,6 +31,7 @@ from ._expert_kernels import pack_a, pack_b, unpack_a, unpack_b, weighted_swiglu
 from ._operands import Dtypes, Parameters, without_autocast
 from ._siblings import Input, Memo, keep_input
 from .grouped_gemm import GroupedUpdate, grouped_gemm, grouped_gemm_dx, grouped_gemm_swiglu, grouped_outer
+from .grouped_low_rank import grouped_down, grouped_down_outer
 from .lora_mlp import is_stand_in, second_backward_possible, stand_in, swiglu_of
 from .low_rank import rank_slots
 from .routing import Routing, combine, gather, route
@@ -78,12 +79,6 @@ class _Stack(NamedTuple):
         return pack_a(self.a, experts, self.scaling, dtype), pack_b(self.b, experts, dtype)
 
 
-class _StackGrads(NamedTuple):
-    weight: Tensor | None = None
-    a: Tensor | None = None
-    b: Tensor | None = None
-
-
 _TENSORS = 3  # of a projection: weight, A, B
 
 
@@ -101,7 +96,22 @@ def _low(x: Tensor, a: Tensor | None, routing: Routing, known: Tensor | None) ->
     """``u_r = s x_r A_e^T`` [R, slots]; None without an adapter."""
     if a is None:
         return None
-    return grouped_gemm(x, a, routing) if known is None else known
+    return grouped_down(x, a, routing, by_rows=False) if known is None else known
+
+
+def _weighted(t: Tensor | None, scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if t is None or scale is None else (t * scale).to(dtype)
+
+
+def _low_back(
+    dy: Tensor, b: Tensor | None, u: Tensor | None, routing: Routing, stack: _Stack
+) -> tuple[Tensor | None, Tensor | None]:
+    """``du_r = dy_r B_e`` [R, slots] and ``dy_e^T u_e``; None without an adapter, or for the latter without u."""
+    if b is None:
+        return None, None
+    if u is None:
+        return grouped_down(dy, b, routing, by_rows=True), None
+    return grouped_down_outer(dy, u, b, routing, stack.b.dtype)  # type: ignore[union-attr]
 
 
 class LoraExperts(Function):
@@ -172,24 +182,36 @@ class LoraExperts(Function):
         with without_autocast(gu):
             dy = dy.reshape(-1, dy.shape[-1]).to(dtype)
             rows = gather(dy, routing)
+            gate_up_needs, down_needs = needs[3 : 3 + _TENSORS], needs[3 + _TENSORS : 3 + 2 * _TENSORS]
+            scale = None
+            if down_needs[1] or down_needs[2]:
+                # The routing weights of the rows; they are in none of rows, du and u.
+                scale = gather(weights.new_ones((weights.shape[0], 1)), routing, weights)
+            if not down_needs[2] or u_down is None or is_stand_in(u_down):
+                u_down = None
             a, b = down.factors(dtype)
-            du = None if b is None else grouped_gemm_dx(rows, b, routing)
+            du, db = _low_back(rows, b, _weighted(u_down, scale, dtype), routing, down)
             h = grouped_gemm_dx(rows, down.weight, routing, update=_update(du, a))  # dh, before the routing weight
-            del a, b
             dgu = torch.empty_like(gu) if second_backward_possible() else gu
             dw = weighted_swiglu_bwd(h, gu, dgu, routing.pairs, weights.reshape(-1))  # and h, in dh's place
             if needs[1]:
                 d_weights = _of_pairs(dw, routing).to(weights.dtype)
-            down_needs = needs[3 + _TENSORS : 3 + 2 * _TENSORS]
-            down_grads = _down_grads(down, dy, rows, h, du, u_down, weights, routing, down_needs, dtype)
+            if down_needs[2] and db is None:
+                u_down = _weighted(_low(h, a, routing, None), scale, dtype)
+                db = grouped_outer(rows, u_down, routing, down.b.dtype)  # type: ignore[union-attr, arg-type]
+            da, db = _low_grads(down, _weighted(du, scale, dtype), h, db, routing, down_needs)
+            d_down = (
+                grouped_outer(gather(dy, routing, weights), h, routing, down.weight.dtype) if down_needs[0] else None
+            )
+            down_grads = d_down, da, db
             del h, rows, du
             a, b = gate_up.factors(dtype)
-            du = None if b is None else grouped_gemm_dx(dgu, b, routing)
+            du, db = _low_back(dgu, b, u if gate_up_needs[2] else None, routing, gate_up)
             if needs[0]:
                 rows = grouped_gemm_dx(dgu, gate_up.weight, routing, update=_update(du, a))
                 dx = combine(rows, routing, dtype=ctx.x_dtype).view(ctx.x_shape)
                 del rows
-            grads = _gate_up_grads(gate_up, Input(*kept), dgu, du, u, routing, needs[3 : 3 + _TENSORS])
+            grads = _gate_up_grads(gate_up, Input(*kept), dgu, du, db, routing, gate_up_needs)
         return dx, d_weights, d_residual, *grads, *down_grads, None, None, None, None, None, None, None
 
 
@@ -224,65 +246,36 @@ def _result_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
 
 def _low_grads(
     stack: _Stack,
-    dy: Tensor,
-    x: Tensor,
     du: Tensor | None,
-    u: Tensor,
+    x: Tensor | None,
+    db: Tensor | None,
     routing: Routing,
     needs: Any,
     norm_weight: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dA and dB of a stack from ``du = dy B`` and ``u = s x A^T``; with ``norm_weight``, x is what it multiplies."""
-    da = db = None
+    """dA and dB of a stack as PEFT stores them, from ``du = dy B``, the product's input and ``db``, dB by expert.
+
+    With ``norm_weight``, x is what that multiplies to give the input.
+    """
+    da = None
     experts = stack.weight.shape[0]
     if needs[1]:
         da = grouped_outer(du, x, routing, stack.a.dtype if norm_weight is None else torch.float32)  # type: ignore[union-attr, arg-type]
         da = unpack_a(da if norm_weight is None else da * norm_weight, stack.a, experts, stack.scaling)  # type: ignore[arg-type]
-    if needs[2]:
-        db = unpack_b(grouped_outer(dy, u, routing, stack.b.dtype), stack.b, experts)  # type: ignore[union-attr, arg-type]
-    return da, db
-
-
-def _down_grads(
-    stack: _Stack,
-    dy: Tensor,
-    rows: Tensor,
-    h: Tensor,
-    du: Tensor | None,
-    u: Tensor | None,
-    weights: Tensor,
-    routing: Routing,
-    needs: Any,
-    dtype: torch.dtype,
-) -> _StackGrads:
-    """Gradients of the down projections; ``rows`` is dy without the routing weights, which u and du are given here."""
-    if not any(needs):
-        return _StackGrads()
-    dw = da = db = None
-    if needs[1] or needs[2]:
-        scale = gather(weights.new_ones((weights.shape[0], 1)), routing, weights)
-        if needs[2] and (u is None or is_stand_in(u)):
-            u = _low(h, stack.factors(dtype)[0], routing, None)
-        du = du if du is None else (du * scale).to(dtype)
-        da, db = _low_grads(stack, rows, h, du, None if u is None else (u * scale).to(dtype), routing, needs)  # type: ignore[arg-type]
-    if needs[0]:
-        dw = grouped_outer(gather(dy, routing, weights), h, routing, stack.weight.dtype)
-    return _StackGrads(dw, da, db)
+    return da, unpack_b(db, stack.b, experts) if needs[2] else None  # type: ignore[arg-type]
 
 
 def _gate_up_grads(
-    stack: _Stack, kept: Input, dgu: Tensor, du: Tensor | None, u: Tensor | None, routing: Routing, needs: Any
-) -> _StackGrads:
+    stack: _Stack, kept: Input, dgu: Tensor, du: Tensor | None, db: Tensor | None, routing: Routing, needs: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Of a norm's result, ``x = w (n rstd)``, the norm's input is kept: then ``dA = (du^T (n rstd)) w``."""
-    if not any(needs):
-        return _StackGrads()
     x, rstd, norm_weight = kept
     rows = None
-    if x is not None:
+    if x is not None and any(needs):
         rows = gather(x, routing, None if rstd is None else rstd.view(-1, 1).expand(routing.rows.shape))
-    da, db = _low_grads(stack, dgu, rows, du, u, routing, needs, norm_weight)  # type: ignore[arg-type]
+    da, db = _low_grads(stack, du, rows, db, routing, needs, norm_weight)
     dw = grouped_outer(dgu, rows, routing, stack.weight.dtype) if needs[0] else None  # type: ignore[arg-type]
-    return _StackGrads(dw, da, db)
+    return dw, da, db
 
 
 def lora_experts(

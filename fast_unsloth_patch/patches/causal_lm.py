@@ -24,6 +24,7 @@ from ..status import Tally
 from . import guards
 from .lazy_logits import lazy_logits, reads_logits
 from .padding import PADDING, padding_of
+from .recompute import loss_follows
 
 # As they were when this module was imported: a library that replaces either has its own loss in mind.
 _STOCK_LOSS = loss_utils.ForCausalLMLoss
@@ -272,7 +273,8 @@ def _loss_and_logits(
         labels, shift_labels, vocab_size=head.weight.shape[0], ignore_index=ignore_index, device=head.weight.device
     )
     padding = padding_of(model.model, given["attention_mask"], labels, shift_labels, ignore_index)
-    outputs = model.model(**given, **kwargs, **({} if padding is None else {PADDING: padding}))
+    with loss_follows(model.model):
+        outputs = model.model(**given, **kwargs, **({} if padding is None else {PADDING: padding}))
     hidden = outputs.last_hidden_state
     reason = _why_stock_head(hidden, head.weight, kept.total)
     if reason is not None:

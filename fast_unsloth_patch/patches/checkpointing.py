@@ -12,9 +12,9 @@ recompute. So the region knows
   recompute, which on CUDA runs in autograd's thread, where no context variable of the script's is set;
 * what the forward hands to its recompute (:func:`keep`, :func:`kept`).
 
-Policies (:func:`set_policy`): ``"stock"`` recomputes everything; ``"full"`` leaves out what nothing reads, and so do
-the other two: ``"auto"`` (``recompute.py``) keeps layers from being recomputed as far as memory allows, ``"offload"``
-(``offload.py``) moves the layers' inputs to the host.
+Policies (:func:`set_policy`): ``"stock"`` recomputes everything; the others leave out what nothing reads. ``"full"``
+does not recompute the last layer before a fused loss, ``"auto"`` keeps layers from being recomputed as far as memory
+allows (both in ``recompute.py``), ``"offload"`` (``offload.py``) moves the layers' inputs to the host.
 
 Why the output of the layer's MLP may be left out in a recompute (:func:`output_unused`). Both of torch's checkpoints
 discard what the recompute returns: the reentrant one only hangs the incoming gradient on it (it needs the shape and
@@ -49,14 +49,20 @@ from ..switch import _STOCK
 from . import layer_end
 from .guards import hooked, hooked_globally
 from .offload import Offload
-from .recompute import Auto
+from .recompute import Auto, Full
 
 _NAME = "_gradient_checkpointing_func"
-_POLICIES = ("full", "stock", "auto", "offload")
+
+_POLICIES: dict[str, type[Full | Auto | Offload] | None] = {
+    "full": Full,
+    "stock": None,
+    "auto": Auto,
+    "offload": Offload,
+}
 
 _policy = "full"
-# What runs the regions in place of the script's checkpoint function, if the policy has a say in that.
-_runner: Auto | Offload | None = None
+# What runs the regions in place of the script's checkpoint function; None under "stock".
+_runner: Full | Auto | Offload | None = Full()
 
 
 def set_policy(policy: str) -> None:
@@ -76,7 +82,8 @@ def set_policy(policy: str) -> None:
     if _runner is not None:
         _runner.stop()
     _policy = policy
-    _runner = Auto() if policy == "auto" else Offload() if policy == "offload" else None
+    runner = _POLICIES[policy]
+    _runner = None if runner is None else runner()
     if _runner is not None:
         _runner.start()
 

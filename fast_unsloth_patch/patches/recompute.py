@@ -1,8 +1,11 @@
-"""``recompute="auto"``: spend free GPU memory on layers that are not recomputed.
+"""``recompute="full"`` and ``"auto"``: which layers are not recomputed.
 
 Under gradient checkpointing a layer's forward runs twice. *Keeping* a layer means running its checkpointed region
-directly: autograd then holds its activations until backward, and nothing is recomputed. The numbers are the same. How
-many layers are kept is for ``budget.py`` to say.
+directly: autograd then holds its activations until backward, and nothing is recomputed. The numbers are the same.
+
+``"full"`` keeps the last layer before a fused loss: its recompute would follow its forward with nothing but the loss in
+between, which holds one chunk of logits where stock holds all of them. ``"auto"`` spends free GPU memory on layers; how
+many is for ``budget.py`` to say.
 
 Nothing here is a collective, so ranks may keep different layers. That is safe where a recompute does not communicate:
 DDP, FSDP and FSDP2 of whole layers. Where it does (ZeRO-3, tensor parallelism, units inside the layer, a context that
@@ -11,8 +14,11 @@ is split over ranks), nothing is kept; the collectives that a recompute starts a
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import weakref
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -25,6 +31,50 @@ from .layer_end import forward_of, is_plain_checkpoint
 
 # Attention functions of transformers, which do not communicate by themselves.
 _LOCAL_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+
+
+# The layer after which only a fused loss follows, in the forward that computes it.
+_LAST: ContextVar[nn.Module | None] = ContextVar("fast_unsloth_last_layer", default=None)
+
+
+@contextlib.contextmanager
+def loss_follows(model: nn.Module) -> Iterator[None]:
+    """Round the forward of a base model whose hidden states go into the fused loss at once."""
+    layers = model._modules.get("layers")
+    token = _LAST.set(layers[-1] if isinstance(layers, nn.ModuleList) and len(layers) else None)
+    try:
+        yield
+    finally:
+        _LAST.reset(token)
+
+
+class Full:
+    """The policy: all layers are recomputed, but for the last one before a fused loss."""
+
+    def __init__(self) -> None:
+        self._kept = False
+
+    def start(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+    def run(self, region: Any, args: tuple[Any, ...]) -> Any:
+        """Run a region of a layer: kept if it is the last, else checkpointed as the script wants it."""
+        if (
+            region.layer is not _LAST.get()
+            or _left_to_stock(region)
+            or _why_recomputed(region, args)
+            or _communication(region)
+            or not _may_keep(region, args)
+        ):
+            return region.checkpoint(region, *args)
+        region.keeps = self._kept = True
+        return region(*args)
+
+    def describe(self) -> str:
+        return "all layers recomputed but the last, which the loss follows" if self._kept else ""
 
 
 class Auto:
@@ -48,15 +98,13 @@ class Auto:
 
     def run(self, region: Any, args: tuple[Any, ...]) -> Any:
         """Run a region of a layer: kept, or checkpointed as the script wants it."""
-        if _STOCK.get() or KEEP_STOCK_FLAG in region.layer.__dict__ or not torch.is_grad_enabled():
+        if _left_to_stock(region):
             return region.checkpoint(region, *args)
         found = self._budget(region, args)
         if isinstance(found, str):
             region.tally.fall_back(f"auto: {found}")
         else:
-            keeps = found.keeps(region.layer, args[0])
-            # A reentrant checkpoint gives no gradients where no argument needs one, and neither may we.
-            if keeps and (not _reentrant(region.checkpoint) or any(_needs_gradient(arg) for arg in args)):
+            if found.keeps(region.layer, args[0]) and _may_keep(region, args):
                 region.keeps = True
                 return found.run_kept(region, args)
             if found.measuring:
@@ -68,16 +116,9 @@ class Auto:
 
     def _budget(self, region: Any, args: tuple[Any, ...]) -> budget.Budget | str:
         """The budget that decides on this call, or why none does."""
-        hidden = args[0] if args else None
-        if type(hidden) is not torch.Tensor:
-            return "first argument is no plain tensor"
-        if not is_plain_checkpoint(region.checkpoint):
-            return "other checkpoint function"
-        if _reentrant(region.checkpoint) and _recording():
-            return "outputs recorded in a reentrant region"
-        # An outer region's recompute must save what its forward has saved.
-        if torch._C._current_graph_task_id() != -1 or saved_tensors_hooked():
-            return "inside another region or saved-tensors hooks"
+        if reason := _why_recomputed(region, args):
+            return reason
+        hidden = args[0]
         found = self._budgets.get(hidden.device)
         if found is None:
             if budget.memory_of(hidden.device) is None:
@@ -87,9 +128,7 @@ class Auto:
             return found.reason
         known = self._apart.get(region.layer)
         if known is None:
-            hooks_inside = not forward_of(region.function, region.layer)[1]
-            reason = communication(region.layer, gathers=hooks_inside and _reentrant(region.checkpoint))
-            known = self._apart[region.layer] = (reason,)
+            known = self._apart[region.layer] = (_communication(region),)
         return found if known[0] is None else known[0]
 
     def _on_step(self, optimizer: object, args: object, kwargs: object) -> None:
@@ -98,6 +137,29 @@ class Auto:
         for each in self._budgets.values():
             if (memory := budget.memory_of(each.device)) is not None:
                 each.on_step(memory)
+
+
+def _left_to_stock(region: Any) -> bool:
+    return bool(_STOCK.get()) or KEEP_STOCK_FLAG in region.layer.__dict__ or not torch.is_grad_enabled()
+
+
+def _why_recomputed(region: Any, args: tuple[Any, ...]) -> str | None:
+    """Why a region must be checkpointed as the script wants it, under any policy, or None."""
+    if not args or type(args[0]) is not torch.Tensor:
+        return "first argument is no plain tensor"
+    if not is_plain_checkpoint(region.checkpoint):
+        return "other checkpoint function"
+    if _reentrant(region.checkpoint) and _recording():
+        return "outputs recorded in a reentrant region"
+    # An outer region's recompute must save what its forward has saved.
+    if torch._C._current_graph_task_id() != -1 or saved_tensors_hooked():
+        return "inside another region or saved-tensors hooks"
+    return None
+
+
+def _may_keep(region: Any, args: tuple[Any, ...]) -> bool:
+    """A reentrant checkpoint gives no gradients where no argument needs one, and neither may a kept layer."""
+    return not _reentrant(region.checkpoint) or any(_needs_gradient(arg) for arg in args)
 
 
 def _needs_gradient(value: object) -> bool:
@@ -117,6 +179,11 @@ def _recording() -> bool:
     """
     capturing = sys.modules.get("transformers.utils.output_capturing")
     return capturing is not None and bool(capturing._active_collector.get())
+
+
+def _communication(region: Any) -> str | None:
+    hooks_inside = not forward_of(region.function, region.layer)[1]
+    return communication(region.layer, gathers=hooks_inside and _reentrant(region.checkpoint))
 
 
 def communication(layer: nn.Module, gathers: bool) -> str | None:
