@@ -232,7 +232,9 @@ def test_gpu_fp32(checkpoint, implementation, window):
         model.gradient_checkpointing_enable({"use_reentrant": checkpoint})
     times = 1 if checkpoint is None else 2
     counts = {"norm": 2 * LAYERS * times + 1, "attention": LAYERS * times, "mlp": LAYERS * times}
-    check(model, batch(rows=3, length=37), use_cache=False, **counts)
+    # Torch 2.11 has no kernel of flex attention for fewer than 128 tokens in fp32, in stock either.
+    length = 150 if implementation == "flex_attention" else 37
+    check(model, batch(rows=3, length=length), use_cache=False, **counts)
 
 
 @pytest.mark.gpu
