@@ -33,6 +33,11 @@ DISTRIBUTIONS = (
 # per cent. fp16 rounds finer. With dropout each arm draws other masks.
 TOLERANCE = {"fp32": (1e-4, 1e-5, 1e-2), "bf16": (1e-3, 1e-2, 1e-2), "fp16": (1e-3, 1e-2, 1e-2)}
 DROPOUT_TOLERANCE = (1e-2, 5e-2, 2e-1)
+# Of a mixture of experts that routes text, where a close decision taken otherwise sends a token elsewhere, and decides
+# others. In 16 bits, Mixtral, 4 layers, 11 steps, H200: stock with its experts one by one or grouped 7e-4 (loss) and
+# 1.3e-2 (norm) apart, Unsloth and stock 1.3e-3 and 2.3e-2, this library and stock 1.8e-3 and 1.7e-2, though nearer than
+# stock to the same model in fp32 (h200-notes.md). With random routing no decision is close, and `TOLERANCE` holds.
+ROUTED_TOLERANCE = {"fp32": TOLERANCE["fp32"], "bf16": (3e-3, 1e-2, 4e-2), "fp16": (3e-3, 1e-2, 4e-2)}
 # Of a mixture of experts: the share of a layer's pairs (token, expert) that go elsewhere than in stock, net. Gates have
 # close decisions, which any other rounding takes otherwise; what goes both ways cancels.
 LOAD_TOLERANCE = {"fp32": 2e-3, "bf16": 2e-2, "fp16": 2e-2}
@@ -102,9 +107,10 @@ def largest_difference(ours: list[float], stock: list[float]) -> float:
 
 
 def parity(row: Row, stock: Row) -> Row:
-    """How far a row's losses and gradient norms are from stock's, and whether that is within `TOLERANCE`."""
+    """How far a row's losses and gradient norms are from stock's, and whether that is within the tolerance."""
     case, other = case_of(row), case_of(stock)
-    loss, first, later = DROPOUT_TOLERANCE if case.dropout else TOLERANCE[case.dtype]
+    close = SHAPES[case.model].experts and case.routing == "text"
+    loss, first, later = DROPOUT_TOLERANCE if case.dropout else (ROUTED_TOLERANCE if close else TOLERANCE)[case.dtype]
     same = _same_losses(case) == _same_losses(other)
     against = [stock["run"], *([] if same else [other.title()]), *([stock["impl"]] if stock["impl"] != "stock" else [])]
     found: Row = {

@@ -430,6 +430,15 @@ def test_another_load_is_no_parity():
     assert "load_moved" not in found([]) and found([])["ok"]
 
 
+@pytest.mark.parametrize(("routing", "dtype", "ok"), [
+    ("text", "bf16", True), ("random", "bf16", False), ("text", "fp32", False),
+])  # fmt: skip
+def test_close_decisions_part_losses_of_sixteen_bits_only(routing, dtype, ok):
+    stock = _row([], impl="stock", dtype=dtype, routing=routing)
+    assert records.parity(_row([], losses=(6.0, 5.01), dtype=dtype, routing=routing), stock)["ok"] is ok
+    assert not records.parity(_row([], losses=(6.0, 5.02), dtype=dtype, routing=routing), stock)["ok"]
+
+
 def test_four_bits_are_held_against_the_same_values_in_sixteen():
     four = _case(mode="qlora")
     dense, other = _row([], rounded=True), _row([])
