@@ -74,6 +74,24 @@ def test_chunk_rows():
     # Equal chunks rather than a full one and a remainder.
     assert op._chunk_rows(2100, 128256, 2) == 1152
     assert op._chunk_rows(0, 128256, 2) == 1
+    assert op._chunk_rows(8188, 128256, 2, lean=True) == 1024
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_lean_chunks_are_half_as_large_unless_the_weight_trains(frozen, monkeypatch):
+    """Each chunk reads and writes all of dW."""
+    monkeypatch.setattr(op, "_CHUNK_BYTES", 4 * 19 * 512)
+    sizes, chunk = [], op.cross_entropy_chunk
+    monkeypatch.setattr(op, "cross_entropy_chunk", lambda x, *a, **k: sizes.append(x.shape[0]) or chunk(x, *a, **k))
+    hidden, weight = torch.randn(1024, 8, requires_grad=True), torch.randn(19, 8, requires_grad=not frozen)
+    labels = torch.randint(0, 19, (1024,))
+    results = []
+    for lean in (False, True):
+        loss = op.linear_cross_entropy(hidden, weight, labels, lean=lean)
+        results.append((loss.detach(), *torch.autograd.grad(loss, hidden)))
+    assert sizes == [512] * 2 + ([256] * 4 if frozen else [512] * 2)
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("pattern", ["none", "first", "last", "all but one", "odd"])

@@ -11,7 +11,7 @@ from tiny_llama import batch, layers_of, llama, lora, mixtral, patched
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import fast_unsloth_patch
-from fast_unsloth_patch.patches import budget, checkpointing
+from fast_unsloth_patch.patches import budget, causal_lm, checkpointing
 from fast_unsloth_patch.status import tally
 
 LAYERS = 3
@@ -56,6 +56,18 @@ def test_the_last_layer_is_kept(policy, train, reentrant):
     wanted_loss, wanted, all_of_them = recomputed(model)
     assert all_of_them == LAYERS and torch.equal(loss, wanted_loss) and grads.keys() == wanted.keys()
     assert all(torch.equal(grads[name], wanted[name]) for name in grads)
+
+
+@pytest.mark.parametrize("name", ["full", "offload"])
+def test_the_loss_is_lean_where_a_layer_is_held(policy, name, monkeypatch):
+    """The kept layer lives while the loss is computed; with nothing kept there is room for larger chunks."""
+    told, loss = [], causal_lm.linear_cross_entropy
+    monkeypatch.setattr(causal_lm, "linear_cross_entropy", lambda *a, **k: told.append(k["lean"]) or loss(*a, **k))
+    policy(name)
+    recomputed(build())
+    plain = lora(llama(num_hidden_layers=LAYERS))
+    recomputed(plain)
+    assert told == [name == "full", False]
 
 
 def test_each_forward_before_a_backward_keeps_its_own():

@@ -273,7 +273,7 @@ def _loss_and_logits(
         labels, shift_labels, vocab_size=head.weight.shape[0], ignore_index=ignore_index, device=head.weight.device
     )
     padding = padding_of(model.model, given["attention_mask"], labels, shift_labels, ignore_index)
-    with loss_follows(model.model):
+    with loss_follows(model.model) as last:
         outputs = model.model(**given, **kwargs, **({} if padding is None else {PADDING: padding}))
     hidden = outputs.last_hidden_state
     reason = _why_stock_head(hidden, head.weight, kept.total)
@@ -283,7 +283,8 @@ def _loss_and_logits(
         loss = model.loss_function(logits=logits, labels=labels, vocab_size=vocab_size(model), **kwargs)
         return outputs, loss, logits
     tally.hit()
+    items = kwargs.get("num_items_in_batch")
     loss = linear_cross_entropy(
-        hidden.flatten(0, 1), head.weight, None, num_items=kwargs.get("num_items_in_batch"), kept=kept, tally=tally
+        hidden.flatten(0, 1), head.weight, None, num_items=items, kept=kept, lean=last.kept, tally=tally
     )
     return outputs, loss, lazy_logits(model, hidden, head.weight, compute_dtype(hidden))

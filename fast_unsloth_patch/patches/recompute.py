@@ -4,8 +4,8 @@ Under gradient checkpointing a layer's forward runs twice. *Keeping* a layer mea
 directly: autograd then holds its activations until backward, and nothing is recomputed. The numbers are the same.
 
 ``"full"`` keeps the last layer before a fused loss: its recompute would follow its forward with nothing but the loss in
-between, which holds one chunk of logits where stock holds all of them. ``"auto"`` spends free GPU memory on layers; how
-many is for ``budget.py`` to say.
+between, which holds one chunk of logits (a small one then) where stock holds all of them. ``"auto"`` spends free GPU
+memory on layers; how many is for ``budget.py`` to say.
 
 Nothing here is a collective, so ranks may keep different layers. That is safe where a recompute does not communicate:
 DDP, FSDP and FSDP2 of whole layers. Where it does (ZeRO-3, tensor parallelism, units inside the layer, a context that
@@ -33,17 +33,27 @@ from .layer_end import forward_of, is_plain_checkpoint
 _LOCAL_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
-# The layer after which only a fused loss follows, in the forward that computes it.
-_LAST: ContextVar[nn.Module | None] = ContextVar("fast_unsloth_last_layer", default=None)
+class LastLayer:
+    """The layer after which only a fused loss follows, and whether its activations are kept until backward."""
+
+    __slots__ = ("kept", "layer")
+
+    def __init__(self, layer: nn.Module | None) -> None:
+        self.layer = layer
+        self.kept = False
+
+
+_LAST: ContextVar[LastLayer | None] = ContextVar("fast_unsloth_last_layer", default=None)
 
 
 @contextlib.contextmanager
-def loss_follows(model: nn.Module) -> Iterator[None]:
+def loss_follows(model: nn.Module) -> Iterator[LastLayer]:
     """Round the forward of a base model whose hidden states go into the fused loss at once."""
     layers = model._modules.get("layers")
-    token = _LAST.set(layers[-1] if isinstance(layers, nn.ModuleList) and len(layers) else None)
+    last = LastLayer(layers[-1] if isinstance(layers, nn.ModuleList) and len(layers) else None)
+    token = _LAST.set(last)
     try:
-        yield
+        yield last
     finally:
         _LAST.reset(token)
 
@@ -62,15 +72,17 @@ class Full:
 
     def run(self, region: Any, args: tuple[Any, ...]) -> Any:
         """Run a region of a layer: kept if it is the last, else checkpointed as the script wants it."""
+        last = _LAST.get()
         if (
-            region.layer is not _LAST.get()
+            last is None
+            or region.layer is not last.layer
             or _left_to_stock(region)
             or _why_recomputed(region, args)
             or _communication(region)
             or not _may_keep(region, args)
         ):
             return region.checkpoint(region, *args)
-        region.keeps = self._kept = True
+        region.keeps = last.kept = self._kept = True
         return region(*args)
 
     def describe(self) -> str:
