@@ -283,9 +283,10 @@ def expected(case: Case) -> dict[str, int]:
         end = "stock: hooks on the layer" if case.wrapper == "fsdp2" else "recomputed"
         found[f"checkpointing {end}"] = LAYERS
     elif case.checkpoint != NONE:
-        # The last layer is not recomputed, unless that might leave out what other ranks wait for.
+        # The last layer is not recomputed, unless the head trains or that might leave out what other ranks wait for.
         hooked = case.wrapper == "fsdp2" and not HOOKS_OUTSIDE
-        layers = LAYERS if case.wrapper == "fsdp1" or (hooked and case.checkpoint == REENTRANT) else LAYERS - 1
+        apart = case.wrapper == "fsdp1" or (hooked and case.checkpoint == REENTRANT)
+        layers = LAYERS - (case.adapters and not apart)
         found |= {f"{name} recomputed": times // LAYERS * layers for name, times in again.items()}
         found |= {"checkpointing forward": LAYERS, "checkpointing recomputed": layers}
         if hooked:

@@ -391,10 +391,12 @@ def expected(case: Case) -> dict[str, int]:
         end = "stock: hooks on the layer" if hooked else "recomputed"
         found[f"checkpointing {end}"] = LAYERS
     elif case.checkpoint != NONE:
-        # The last layer is not recomputed, unless that might leave out what other ranks wait for, or give recorded
-        # outputs a gradient that they have not in stock.
-        apart = case.wrapper == "fsdp1" or (
-            case.checkpoint == REENTRANT and (case.balanced or (case.wrapper == "fsdp2" and not HOOKS_OUTSIDE))
+        # The last layer is not recomputed, unless the head trains, or that might leave out what other ranks wait for or
+        # give recorded outputs a gradient that they have not in stock.
+        apart = (
+            case.wrapper == "fsdp1"
+            or case.trained == FULL
+            or (case.checkpoint == REENTRANT and (case.balanced or (case.wrapper == "fsdp2" and not HOOKS_OUTSIDE)))
         )
         layers = LAYERS if apart else LAYERS - 1
         found |= {f"{name} recomputed": times // LAYERS * layers for name, times in again.items()}

@@ -178,7 +178,7 @@ def linear_cross_entropy_fwd(
         weight: [V, H].
         kept: from `prepare_labels`.
         need_dx, need_dw: which gradients to make.
-        lean: smaller chunks, unless dw is to be made, which each chunk reads and writes.
+        lean: smaller chunks.
     Returns:
         ``(total, dx, dw, scale)``: fp32 scalar; [n, H] and [V, H] in fp32 (fp64 for fp64 operands), gradients of
         ``scale * total`` to the n kept rows and to the weight, or None.
@@ -193,7 +193,7 @@ def linear_cross_entropy_fwd(
     losses = new((n_rows,), dtype=torch.float32)
     dx = new((n_rows, width), dtype=wide) if need_dx else None
     dw = hidden.new_zeros((n_cols, width), dtype=wide) if need_dw and n_rows == 0 else None
-    chunk = _chunk_rows(n_rows, n_cols, dtype.itemsize, lean and not need_dw)
+    chunk = _chunk_rows(n_rows, n_cols, dtype.itemsize, lean)
     # The dtypes below are chosen already; autocast would cast fp32 factors of a GEMM back.
     with torch.autocast(hidden.device.type, enabled=False):
         w = weight.to(dtype)
@@ -296,7 +296,7 @@ def linear_cross_entropy(
         num_items: N, a number or a tensor on any device; None for the number of rows that count.
         ignore_index: label of the rows that do not count.
         kept: from `prepare_labels`; without it the call waits for the device.
-        lean: hold half as many logits at a time, where the weight is frozen: for callers that hold much themselves.
+        lean: hold half as many logits at a time, for callers that hold much themselves.
         tally: counts the backward passes.
     Returns:
         fp32 scalar (of the shape of ``num_items`` if that is a larger tensor, as stock). No rows that count: NaN for a

@@ -273,7 +273,7 @@ def _loss_and_logits(
         labels, shift_labels, vocab_size=head.weight.shape[0], ignore_index=ignore_index, device=head.weight.device
     )
     padding = padding_of(model.model, given["attention_mask"], labels, shift_labels, ignore_index)
-    with loss_follows(model.model) as last:
+    with loss_follows(model.model, head.weight) as last:
         outputs = model.model(**given, **kwargs, **({} if padding is None else {PADDING: padding}))
     hidden = outputs.last_hidden_state
     reason = _why_stock_head(hidden, head.weight, kept.total)

@@ -3,9 +3,9 @@
 Under gradient checkpointing a layer's forward runs twice. *Keeping* a layer means running its checkpointed region
 directly: autograd then holds its activations until backward, and nothing is recomputed. The numbers are the same.
 
-``"full"`` keeps the last layer before a fused loss: its recompute would follow its forward with nothing but the loss in
-between, which holds one chunk of logits (a small one then) where stock holds all of them. ``"auto"`` spends free GPU
-memory on layers; how many is for ``budget.py`` to say.
+``"full"`` keeps the last layer before a fused loss with a frozen head: its recompute would follow its forward with
+nothing but the loss in between, which holds one chunk of logits (a small one then) where stock holds all of them.
+``"auto"`` spends free GPU memory on layers; how many is for ``budget.py`` to say.
 
 Nothing here is a collective, so ranks may keep different layers. That is safe where a recompute does not communicate:
 DDP, FSDP and FSDP2 of whole layers. Where it does (ZeRO-3, tensor parallelism, units inside the layer, a context that
@@ -47,10 +47,14 @@ _LAST: ContextVar[LastLayer | None] = ContextVar("fast_unsloth_last_layer", defa
 
 
 @contextlib.contextmanager
-def loss_follows(model: nn.Module) -> Iterator[LastLayer]:
-    """Round the forward of a base model whose hidden states go into the fused loss at once."""
+def loss_follows(model: nn.Module, head: torch.Tensor) -> Iterator[LastLayer]:
+    """Round the forward of a base model whose hidden states go into the fused loss at once.
+
+    A ``head`` that trains has its gradient in fp32 there, where the peak of a step may be: then nothing is kept.
+    """
     layers = model._modules.get("layers")
-    last = LastLayer(layers[-1] if isinstance(layers, nn.ModuleList) and len(layers) else None)
+    known = isinstance(layers, nn.ModuleList) and len(layers) > 0 and not head.requires_grad
+    last = LastLayer(layers[-1] if known else None)  # type: ignore[index]
     token = _LAST.set(last)
     try:
         yield last
