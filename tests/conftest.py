@@ -99,9 +99,12 @@ def poisoned_empty(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, poison(getattr(torch.Tensor, name)))
 
 
-def written_by_ranks(script, folder, ranks=2):
-    """Runs ``script``, which is its two ranks (gloo, CPU): what each wrote to its file, by case; the end of stderr."""
+@pytest.fixture(scope="module")
+def ranks(request, tmp_path_factory):
+    """Runs the test's file, which as a script is two ranks (gloo, CPU): what each wrote, by case; the end of stderr."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = request.module.__file__
     done = run_python(None, {"CUDA_VISIBLE_DEVICES": "", "FAST_UNSLOTH_LOG": "0"}, 300, [script, folder])
-    files = [folder / f"rank{rank}" for rank in range(ranks)]
+    files = [folder / f"rank{rank}" for rank in range(2)]
     written = [dict(map(json.loads, file.read_text().splitlines())) if file.exists() else {} for file in files]
     return written, done.stderr[-3000:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import importlib
 import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -559,3 +560,17 @@ def test_kernels_that_no_model_has_are_an_error(capsys):
     with pytest.raises(SystemExit):
         kernels.main(["--cpu", "--ops", "experts_gather", "--models", "tiny", "--tokens", "16"])
     assert "none of --ops" in capsys.readouterr().err
+
+
+def test_noise_of_routing(run_python):
+    """Two runs of the same code are equal on a CPU; each arm is as near to fp32 as bf16 is; fast is not stock again."""
+    done = run_python(None, args=[BENCHMARKS / "routing_noise.py", "--cpu", "--tiny"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {name: rest for name, *rest in (line.split(" | ") for line in done.stdout.splitlines() if " | " in line)}
+    exact = float(re.search(r"loss in fp32 (\S+)", done.stdout)[1])
+    for arm in ("stock", "stock, one by one", "fast"):
+        loss, tokens, elsewhere, gradients = rows[arm]
+        assert abs(float(loss) - exact) < 1e-3 and 0 < float(tokens) < 0.01 and 0 < float(gradients) < 0.02
+        assert len(elsewhere.split(",")) == 2
+    assert rows["again against stock"] == ["0.0e+00", "0.0e+00"]
+    assert all(0 < float(difference) < 1e-2 for difference in rows["fast against stock"])

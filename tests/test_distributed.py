@@ -249,12 +249,29 @@ if __name__ == "__main__":
 # ---- the tests
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """What each rank wrote, by case; and the end of stderr for cases that are missing."""
-    from conftest import written_by_ranks
+def recomputes(
+    case: Case, found: dict[str, int], again: dict[str, int], *, hooked: bool, may_keep: bool
+) -> dict[str, int]:
+    """What a checkpointed step counts besides: ``found`` and ``again`` are the forwards in all and in the layers.
 
-    return written_by_ranks(__file__, tmp_path_factory.mktemp("ranks"))
+    Args:
+        hooked: there are hooks on the layers, FSDP2's or transformers' recorders.
+        may_keep: the last layer is not recomputed, but where that might leave out what other ranks wait for.
+    """
+    if case.checkpoint == NONE:
+        return {}
+    if case.checkpoint == WRAPPER:
+        # A region that is not transformers' own: its recompute looks like another forward. But the layer's end is left
+        # out of it, unless there are hooks in the region.
+        end = "stock: hooks on the layer" if hooked else "recomputed"
+        forwards = {f"{name} forward": found[f"{name} forward"] + times for name, times in again.items()}
+        return {**forwards, f"checkpointing {end}": LAYERS}
+    inside = hooked and not HOOKS_OUTSIDE
+    apart = case.wrapper == "fsdp1" or (case.wrapper == "fsdp2" and inside and case.checkpoint == REENTRANT)
+    layers = LAYERS - (may_keep and not apart)
+    counts = {f"{name} recomputed": times // LAYERS * layers for name, times in again.items()}
+    counts |= {"checkpointing forward": LAYERS, "checkpointing recomputed": layers}
+    return counts | ({"checkpointing stock: hooks on the layer": layers} if inside else {})
 
 
 def expected(case: Case) -> dict[str, int]:
@@ -276,21 +293,7 @@ def expected(case: Case) -> dict[str, int]:
     for name in ("attention", "mlp"):
         found |= {f"{name} forward": LAYERS, f"{name} backward": LAYERS}
     again = {"rms_norm": 2 * LAYERS, "attention": LAYERS, "mlp": LAYERS, "decoder_layer": LAYERS}
-    if case.checkpoint == WRAPPER:
-        # A region that is not transformers' own: its recompute looks like another forward.
-        found |= {f"{name} forward": found[f"{name} forward"] + times for name, times in again.items()}
-        # But the layer's end is left out of it, unless FSDP2's hooks are in the region.
-        end = "stock: hooks on the layer" if case.wrapper == "fsdp2" else "recomputed"
-        found[f"checkpointing {end}"] = LAYERS
-    elif case.checkpoint != NONE:
-        # The last layer is not recomputed, unless the head trains or that might leave out what other ranks wait for.
-        hooked = case.wrapper == "fsdp2" and not HOOKS_OUTSIDE
-        apart = case.wrapper == "fsdp1" or (hooked and case.checkpoint == REENTRANT)
-        layers = LAYERS - (case.adapters and not apart)
-        found |= {f"{name} recomputed": times // LAYERS * layers for name, times in again.items()}
-        found |= {"checkpointing forward": LAYERS, "checkpointing recomputed": layers}
-        if hooked:
-            found["checkpointing stock: hooks on the layer"] = layers
+    found |= recomputes(case, found, again, hooked=case.wrapper == "fsdp2", may_keep=case.adapters)
     return {f"{case.family}.{name}": calls * times for name, times in found.items()}
 
 

@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+from test_windowed_attention import LENGTH, padded
 from tiny_llama import (
     FORWARDS,
     FP32,
@@ -32,17 +33,6 @@ from fast_unsloth_patch.errors import FastPatchError
 from fast_unsloth_patch.registry import PATCHES
 
 EVERYTHING = tuple(patch.id for patch in PATCHES)
-LENGTH = 12
-# None, as Mistral-7B from v0.2 on has it; shorter than the rows, as long, and longer, as v0.1 has it.
-WINDOWS = (None, 3, LENGTH, 4096)
-
-
-def padded(side: str) -> dict[str, torch.Tensor]:
-    inputs = batch(rows=3, length=LENGTH)
-    mask = torch.ones_like(inputs["input_ids"])
-    for row, n in enumerate((0, 4, 7)):
-        mask[row, slice(0, n) if side == "left" else slice(LENGTH - n, None)] = 0
-    return {**inputs, "attention_mask": mask, "labels": inputs["labels"].masked_fill(mask == 0, -100)}
 
 
 # ---- what is trained

@@ -14,7 +14,7 @@ from mixtral_whole import (
     assert_outputs_same,
     every_patch,
 )
-from packed_cases import EVERYTHING, compare, packed, reasons
+from packed_cases import EVERYTHING, compare, packed, reasons, tokens_seen
 from packed_cases import padded as padded_at
 from tiny_llama import (
     FP32,
@@ -279,16 +279,7 @@ def test_padding_reaches_no_expert():
     """Full fine-tuning: no gradient of router and experts comes from padding in stock either."""
     model = mixtral()
     inputs = padded_at(*SIDES["both"])
-    seen = []
-    experts = layers_of(model)[0].mlp.gate
-    stock = type(experts).forward
-
-    def forward(x):
-        seen.append(x.shape[:-1].numel())
-        return stock(experts, x)
-
-    experts.forward = forward
-    forward.__module__ = "torch.hooked_by_the_test"
+    seen = tokens_seen(layers_of(model)[0].mlp.gate)
     compare(model, inputs, use_cache=False)
     # One padded token before each sequence that starts later is asked for its first.
     assert seen == [int(inputs["attention_mask"].sum()) + 2, inputs["attention_mask"].numel()]

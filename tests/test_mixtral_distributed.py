@@ -353,14 +353,6 @@ if __name__ == "__main__":
 # ---- the tests
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """What each rank wrote, by case; and the end of stderr for cases that are missing."""
-    from conftest import written_by_ranks
-
-    return written_by_ranks(__file__, tmp_path_factory.mktemp("ranks"))
-
-
 def expected(case: Case) -> dict[str, int]:
     """Every fast call of the fast arm, and every call that ran stock."""
     calls = STEPS * case.micro
@@ -385,24 +377,9 @@ def expected(case: Case) -> dict[str, int]:
     again = {name: found[f"{name} forward"] - (name == "rms_norm") for name in again if name != "loss"}
     # FSDP2 has hooks on the layer; so have transformers' recorders, from the first recorded output on.
     hooked = case.wrapper == "fsdp2" or case.balanced
-    if case.checkpoint == WRAPPER:
-        # A region that is not transformers' own: its recompute looks like another forward.
-        found |= {f"{name} forward": found[f"{name} forward"] + times for name, times in again.items()}
-        end = "stock: hooks on the layer" if hooked else "recomputed"
-        found[f"checkpointing {end}"] = LAYERS
-    elif case.checkpoint != NONE:
-        # The last layer is not recomputed, unless the head trains, or that might leave out what other ranks wait for or
-        # give recorded outputs a gradient that they have not in stock.
-        apart = (
-            case.wrapper == "fsdp1"
-            or case.trained == FULL
-            or (case.checkpoint == REENTRANT and (case.balanced or (case.wrapper == "fsdp2" and not HOOKS_OUTSIDE)))
-        )
-        layers = LAYERS if apart else LAYERS - 1
-        found |= {f"{name} recomputed": times // LAYERS * layers for name, times in again.items()}
-        found |= {"checkpointing forward": LAYERS, "checkpointing recomputed": layers}
-        if hooked and not HOOKS_OUTSIDE:
-            found["checkpointing stock: hooks on the layer"] = layers
+    # In a reentrant region what is recorded has no gradient in stock; nor has it in a layer that is recomputed.
+    may_keep = case.trained != FULL and not (case.balanced and case.checkpoint == REENTRANT)
+    found |= dense.recomputes(case, found, again, hooked=hooked, may_keep=may_keep)
     return {f"mixtral.{name}": calls * times for name, times in found.items() if times} | linear
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from packed_cases import EVERYTHING, compare, packed, padded, reasons, step, tiny
+from packed_cases import EVERYTHING, compare, packed, padded, reasons, step, tiny, tokens_seen
 from tiny_llama import LAYERS, assert_same, distance, hits, layers_of, llama, lora, patched
 from torch import nn
 from transformers import DataCollatorForLanguageModeling
@@ -19,21 +19,6 @@ SIDES = {
     "one token": ([13, 1], [0, 0]),
     "an empty row": ([14, 2], [0, 3]),
 }
-
-
-def tokens_seen(model) -> list[int]:
-    """Fills with the number of tokens that each call of the first MLP gets."""
-    seen: list[int] = []
-    mlp = layers_of(model)[0].mlp
-    stock = type(mlp).forward
-
-    def forward(x):
-        seen.append(x.shape[:-1].numel())
-        return stock(mlp, x)
-
-    mlp.forward = forward
-    forward.__module__ = "torch.hooked_by_the_test"
-    return seen
 
 
 # ---- parity
@@ -76,7 +61,7 @@ def test_full_fine_tuning():
 def test_padding_reaches_no_layer():
     model = tiny("llama")
     inputs = padded(*SIDES["both"])
-    seen = tokens_seen(model)
+    seen = tokens_seen(layers_of(model)[0].mlp)
     compare(model, inputs, use_cache=False)
     # One padded token before each sequence that starts later is asked for its first.
     assert seen == [int(inputs["attention_mask"].sum()) + 2, inputs["attention_mask"].numel()]

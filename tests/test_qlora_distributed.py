@@ -96,14 +96,6 @@ if __name__ == "__main__":
 # ---- the tests
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    pytest.importorskip("bitsandbytes")
-    from conftest import written_by_ranks
-
-    return written_by_ranks(__file__, tmp_path_factory.mktemp("ranks"))
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks(ranks, name):
     written, stderr = ranks

@@ -104,13 +104,6 @@ if __name__ == "__main__":
     torch.multiprocessing.start_processes(rank_main, sys.argv[1:], nprocs=RANKS, start_method="fork")
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    from conftest import written_by_ranks
-
-    return written_by_ranks(__file__, tmp_path_factory.mktemp("ranks"))
-
-
 @pytest.mark.parametrize(("wrapper", "use_reentrant"), CASES)
 def test_ranks_choose_by_themselves(ranks, wrapper, use_reentrant):
     written, stderr = ranks

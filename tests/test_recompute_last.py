@@ -119,8 +119,37 @@ def test_all_are_recomputed_where_no_fused_loss_follows_at_once(run):
     assert recomputed(build(), run=run)[2] == LAYERS
 
 
+def test_a_disabled_region_is_stocks(monkeypatch):
+    """Which does not count it: so by how often attention runs, in the forward and again."""
+    calls, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or sdpa(*a, **k)
+    )
+    assert recomputed(build(), run=disabled)[2] == 0 and len(calls) == 2 * LAYERS
+    calls.clear()
+    left = build()
+    fast_unsloth_patch.keep_stock(left.get_base_model().model)
+    before = tally("llama.loss").forward
+    recomputed(left)
+    assert len(calls) == 2 * LAYERS and tally("llama.loss").forward == before + 1, "the layers' alone"
+    calls.clear()
+    assert recomputed(build())[2] == LAYERS - 1 and len(calls) == 2 * LAYERS - 1
+
+
+def test_a_kept_layer_leaves_nothing_for_a_recompute():
+    model, told = build(), []
+
+    def tell(*_):
+        region = checkpointing._REGION.get()
+        told.append((region.keeps, region.store is None))
+
+    for layer in layers_of(model):
+        layer.mlp.register_forward_hook(tell)
+    assert recomputed(model)[2] == LAYERS - 1
+    assert told[:LAYERS] == [(False, False)] * (LAYERS - 1) + [(True, True)]
+
+
 def test_all_are_recomputed_where_the_script_said_so(policy):
-    assert recomputed(build(), run=disabled)[2] == 0, "a disabled region does not count"
     assert recomputed(build(), patches=[p for p in EVERYTHING if p != "llama.loss"])[2] == LAYERS
     policy("stock")
     assert recomputed(build())[2] == LAYERS
