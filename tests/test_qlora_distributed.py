@@ -6,6 +6,7 @@ stock under ``disabled()`` and fast. Inside FSDP2's forward a weight is a plain 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from datetime import timedelta
@@ -96,6 +97,7 @@ if __name__ == "__main__":
 # ---- the tests
 
 
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks(ranks, name):
     written, stderr = ranks
