@@ -17,6 +17,8 @@ from fast_unsloth_patch.ops.attention import varlen_attention
 from fast_unsloth_patch.ops.down_outer import down_outer
 from fast_unsloth_patch.ops.low_rank import Siblings, down, outer
 from fast_unsloth_patch.ops.rms_norm import residual_rms_norm
+from fast_unsloth_patch.ops.swiglu import swiglu_bwd
+from fast_unsloth_patch.ops.swiglu_outer import swiglu_outer
 from fast_unsloth_patch.reference.attention import varlen_attention_ref
 
 DOCUMENTS = 16
@@ -108,8 +110,36 @@ def _down_outer(shape: Shape, tokens: int, device: str) -> Bench:
     return Bench((dy, u, *b), impls, {"forward": float(dy.nbytes)})
 
 
+def _swiglu_outer(shape: Shape, tokens: int, device: str) -> Bench:
+    """SwiGLU's backward and dA of the down projection; "apart": a kernel and a library GEMM, h between them."""
+    width = shape.intermediate
+    dh = _randn(tokens, width, device=device, grad=False)
+    gu = _randn(tokens, 2 * width, device=device, grad=False)
+    du = _randn(tokens, LORA_RANK, device=device, grad=False)
+    out = torch.empty_like(gu)
+
+    def fast(dh: Tensor, gu: Tensor, du: Tensor) -> tuple[Tensor, ...]:
+        g = swiglu_outer(dh, gu, out, du, LORA_RANK, torch.float32)
+        return out, g
+
+    def apart(dh: Tensor, gu: Tensor, du: Tensor) -> tuple[Tensor, ...]:
+        (gate, up), h = gu.chunk(2, 1), torch.empty_like(dh)
+        swiglu_bwd(dh, gate, up, out=tuple(out.chunk(2, 1)), product=h)
+        return out, torch.mm(du.t(), h).float()
+
+    def stock(dh: Tensor, gu: Tensor, du: Tensor) -> tuple[Tensor, ...]:
+        gate, up = gu.chunk(2, 1)
+        silu = torch.nn.functional.silu(gate)
+        dgate = torch.ops.aten.silu_backward(dh * up, gate)
+        return torch.cat((dgate, dh * silu), 1), torch.mm(du.t(), silu * up).float()
+
+    impls = {"fast": fast, "torch": stock, "apart": apart}
+    return Bench((dh, gu, du), impls, {"forward": float(dh.nbytes + 2 * gu.nbytes)})
+
+
 LAYER_OPS: dict[str, Callable[[Shape, int, str], Bench]] = {
     "packed_attention": _packed_attention,
     "residual_rms_norm": _residual_rms_norm,
     "down_outer": _down_outer,
+    "swiglu_outer": _swiglu_outer,
 }

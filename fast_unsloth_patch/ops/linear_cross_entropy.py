@@ -64,9 +64,11 @@ def _cross_entropy_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, n_cols, BLOCK):
         x = tl.load(x_ptr + start + cols, mask=start + cols < n_cols, other=-float("inf")).to(tl.float32)
-        higher = tl.maximum(peak, x)
-        total = total * tl.exp(peak - higher) + tl.exp(x - higher)
-        peak = higher
+        # Of the two exponentials of a running maximum one is always that of zero.
+        above = x - peak
+        small = tl.exp(-tl.abs(above))
+        total = tl.where(above > 0.0, total * small + 1.0, total + small)
+        peak = tl.maximum(peak, x)
     row_peak = tl.max(peak, axis=0)
     row_total = tl.sum(total * tl.exp(peak - row_peak), axis=0)
     tl.store(losses_ptr + row, row_peak + tl.log(row_total) - x_label)

@@ -26,6 +26,7 @@ from torch.autograd import Function
 
 from ..device.dispatch import use_triton
 from ..device.launch import jit, launch, tl
+from . import swiglu_outer
 from ._autograd import once_differentiable
 from ._low_rank_kernels import dropped, load_factor
 from ._operands import (
@@ -69,7 +70,7 @@ from ._siblings_backward import (
     output_gradients,
     siblings_backward,
 )
-from .low_rank import expand, precision, rank_slots, widened
+from .low_rank import LIBRARY_TOKENS, expand, precision, rank_slots, widened
 
 _MAX_FUSED_SLOTS = 64
 _BLOCK_T, _BLOCK_N = 16, 128
@@ -332,17 +333,21 @@ class LoraMLP(Function):
                 expand(du_left, on_input([op_down], masks_down), dtypes.low, h, add=True)
                 du_left = None
             dgu = torch.empty_like(gu) if second_backward_possible() else gu
-            _swiglu_backward(
-                h,
-                gu,
-                dgu,
-                u if ctx.updates_left else None,
-                [gate, up],
-                op_down,
-                du_left,
-                masks_down if du_left is not None else None,
-            )
-            down_grads = _down_backward(dy, h, op_down, du, db, masks_down, dtypes, needs_down)
+            da = None
+            if not ctx.updates_left and du_left is None and masks_down is None:
+                da = _swiglu_and_a(h, gu, dgu, op_down, du, db, dtypes, needs_down)
+            if da is None:
+                _swiglu_backward(
+                    h,
+                    gu,
+                    dgu,
+                    u if ctx.updates_left else None,
+                    [gate, up],
+                    op_down,
+                    du_left,
+                    masks_down if du_left is not None else None,
+                )
+            down_grads = _down_backward(dy, h, op_down, du, da, db, masks_down, dtypes, needs_down)
             del h
             dx, parts = siblings_backward(
                 dgu,
@@ -373,13 +378,27 @@ def _recalled(memo: Memo | None, masks: torch.Tensor | None) -> torch.Tensor | N
     return None if memo is None or memo.low is None or masks is not None else memo.low[0]
 
 
-def _down_backward(dy, h, op: Operands, du, db, masks, dtypes: Dtypes, needs) -> OperandGrads:
-    """Gradients of the down projection's own parameters, from its input h and output gradient dy; dB, if it is not
-    known yet, with u formed again.
+def _swiglu_and_a(dh, gu, dgu, op: Operands, du, db, dtypes: Dtypes, needs) -> torch.Tensor | None:
+    """Fills dgu as `_swiglu_backward` does and returns dA of the down projection, where one kernel does both and nobody
+    else needs h; else None, and nothing is done.
+    """
+    need_weight, _, need_a, need_b, _ = needs
+    if not need_a or need_weight or (need_b and db is None) or dtypes.low is not dtypes.base:
+        return None
+    if dh.shape[0] < LIBRARY_TOKENS or not swiglu_outer.covers(dh, du.shape[1]):
+        return None
+    return swiglu_outer.swiglu_outer(dh, gu, dgu, du, op.a.shape[0], op.a.dtype)  # type: ignore[union-attr]
+
+
+def _down_backward(dy, h, op: Operands, du, da, db, masks, dtypes: Dtypes, needs) -> OperandGrads:
+    """Gradients of the down projection's own parameters, from its input h and output gradient dy; dA and dB, if they
+    are not known yet, the latter with u formed again. With dA known h may be anything.
     """
     grads: dict[str, Any] = base_grads(dy, h, op, needs)
     _, _, need_a, need_b, _ = needs
-    if need_a:
+    if da is not None:
+        grads["a"] = da
+    elif need_a:
         (grads["a"],) = a_gradients(du, Input(h), [op], masks, dtypes)
     if need_b and db is None:
         (db,) = b_gradients(dy, project_down(h, [op], masks, dtypes.low).u, [op], [0], dtypes)

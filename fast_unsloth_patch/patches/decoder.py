@@ -25,7 +25,7 @@ from ..ops.lora_qkv import lora_qkv
 from ..ops.rms_norm import residual_rms_norm, rms_norm
 from ..status import Tally
 from . import checkpointing, guards
-from .documents import PACKING
+from .documents import PACKING, WHOLE
 from .guards import holder_of
 from .plan import Plan, children_plan
 
@@ -115,6 +115,8 @@ def _attention_forward(stock: Callable, tally: Tally, *, windowed: bool) -> Call
         if cache is None:
             cache = by_old_name
         packing = kwargs.pop(PACKING, None)
+        if packing is WHOLE:
+            packing = attention_mask = None
         plan = (
             guards.blocked(self, hidden_states)
             or _rotary_reason(self, hidden_states, position_embeddings, modeling, rotary)

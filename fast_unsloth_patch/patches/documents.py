@@ -3,7 +3,7 @@
 Stock's sdpa attention gets a dense mask for packed rows and for padding, with which no flash kernel runs, and grouped
 key and value heads are copied out. Here the layers get a :class:`Packing` instead, in the keyword ``fast_packing``,
 which the stock forwards of model and layers hand on to every attention module (`decoder.attention_forward`). It
-travels in the layers' arguments, so checkpointing recomputes with it.
+travels in the layers' arguments, so checkpointing recomputes with it. Rows that need no mask get :data:`WHOLE`.
 """
 
 from __future__ import annotations
@@ -97,6 +97,16 @@ class Packing:
         return stock(attention, hidden, position_embeddings, self.dense_mask(), None, **kwargs)
 
 
+class Whole:
+    """Stands for a `Packing` where every row is one document without padding: stock's sdpa then has no mask.
+
+    That it has none stock finds out by a dozen small kernels, on which the host waits.
+    """
+
+
+WHOLE = Whole()
+
+
 class _CountBackward(torch.autograd.Function):
     """The identity, once a step: tells that backward has come through."""
 
@@ -172,8 +182,28 @@ def blocked(model: nn.Module, x: torch.Tensor) -> str | None:
     return guards.blocked(model, probe)
 
 
+def needs_no_mask(call: Call, length: int) -> bool:
+    """Whether rows of ``length`` tokens, each one document without padding, may go without a mask and without stock's
+    search for one.
+    """
+    window = call.window()
+    return (window is None or length < window) and _why_stock_arguments(call) is None
+
+
 def why_stock(call: Call, inputs: torch.Tensor) -> str | None:
-    """Why the layers must see what stock gives them, or None."""
+    """Why the layers must see what stock gives them and cannot have a `Packing`, or None."""
+    reason = _why_stock_arguments(call)
+    if reason is not None:
+        return reason
+    if torch.is_autocast_enabled(inputs.device.type):
+        dtype = torch.get_autocast_dtype(inputs.device.type)
+    else:
+        dtype = inputs.dtype if inputs.is_floating_point() else call.model.dtype
+    return _core_reason(call.model.layers[-1].self_attn, inputs.device, dtype)
+
+
+def _why_stock_arguments(call: Call) -> str | None:
+    """Why the layers must see the arguments that stock gives them, or None."""
     config = call.model.config
     if config._attn_implementation != "sdpa":
         return f"attention {config._attn_implementation}"
@@ -194,7 +224,8 @@ def why_stock(call: Call, inputs: torch.Tensor) -> str | None:
     window = call.window()
     if window is not None and window < 1:
         return "sliding window"
-    attention: Any = None
+    if not len(call.model.layers):
+        return "no layers"
     for layer in call.model.layers:
         attention = getattr(layer, "self_attn", None)
         forward = getattr(type(attention), "forward", None)
@@ -204,13 +235,7 @@ def why_stock(call: Call, inputs: torch.Tensor) -> str | None:
             return "forward of a layer replaced"
         if not type(layer).forward.__module__.startswith(("transformers.", "torch.")):
             return "unknown layer"
-    if hooks_of(call.model).on_arguments:
-        return "hooks on a layer"
-    if torch.is_autocast_enabled(inputs.device.type):
-        dtype = torch.get_autocast_dtype(inputs.device.type)
-    else:
-        dtype = inputs.dtype if inputs.is_floating_point() else call.model.dtype
-    return _core_reason(attention, inputs.device, dtype)
+    return "hooks on a layer" if hooks_of(call.model).on_arguments else None
 
 
 def _core_reason(attention: Any, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -25,7 +25,7 @@ from torch import nn
 
 from ..status import Tally
 from . import guards
-from .documents import PACKING, Call, Packing, blocked, why_stock
+from .documents import PACKING, WHOLE, Call, Packing, Whole, blocked, needs_no_mask, why_stock
 from .padding import PADDING, Unpadded, find_padding
 
 _KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -60,8 +60,8 @@ def model_forward(stock: Callable, tally: Tally) -> Callable:
         if cache is None:
             cache = by_old_name
         padding = kwargs.pop(PADDING, None)
-        packing: Packing | str | None = None
-        if padding is not None or (attention_mask is None and position_ids is not None):
+        packing: Packing | Whole | str | None = None
+        if padding is not None or attention_mask is None:
             call = Call(
                 modeling, self, input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, kwargs
             )
@@ -70,8 +70,9 @@ def model_forward(stock: Callable, tally: Tally) -> Callable:
             tally.fall_back(packing)
             packing = None
         if packing is not None:
-            tally.hit()
             kwargs[PACKING] = packing
+            if isinstance(packing, Packing):
+                tally.hit()
             if isinstance(packing, Unpadded):
                 if inputs_embeds is None:
                     # All of them, so that hooks on the embedding see what they would (NEFTune's noise depends on S).
@@ -79,7 +80,8 @@ def model_forward(stock: Callable, tally: Tally) -> Callable:
                 inputs_embeds = packing.take(inputs_embeds)
                 position_ids = packing.positions(position_ids)
             # Nothing in it: an attention that took it for a mask would fail rather than be wrong.
-            attention_mask = packing.cu_seqlens.new_empty((1, 1, 0, 0), dtype=torch.bool)
+            device = (input_ids if inputs_embeds is None else inputs_embeds).device
+            attention_mask = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=device)
         output = stock(
             self,
             input_ids=input_ids,
@@ -98,13 +100,17 @@ def model_forward(stock: Callable, tally: Tally) -> Callable:
     return forward
 
 
-def find_documents(call: Call, tally: Tally) -> Packing | str | None:
-    """The documents that ``position_ids`` tell; None if every row is one; or why stock must run all the same."""
+def find_documents(call: Call, tally: Tally) -> Packing | Whole | str | None:
+    """The documents that ``position_ids`` tell, `WHOLE` if every row is one; None where stock has to look for itself;
+    or why stock must run although there are several.
+    """
     inputs, position_ids = call.inputs(), call.position_ids
-    if inputs is None or position_ids.dim() != 2:
+    if inputs is None:
         return None
     batch, length = inputs.shape[:2]
-    if position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
+    if position_ids is None:  # stock then counts from 0 on
+        return WHOLE if blocked(call.model, inputs) is None and needs_no_mask(call, length) else None
+    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
         return None
     reason = blocked(call.model, inputs) or ("tensor subclass" if type(position_ids) is not torch.Tensor else None)
     if reason is not None:
@@ -113,12 +119,12 @@ def find_documents(call: Call, tally: Tally) -> Packing | str | None:
     if claim is not None and call.model in _BELIEVED:
         cu_seqlens, max_length = claim
         if cu_seqlens.numel() == 2:
-            return None
+            return WHOLE if needs_no_mask(call, length) else None
         reason = why_stock(call, inputs)
     else:
         found = boundaries(position_ids, batch)
         if found is None:
-            return None
+            return WHOLE if needs_no_mask(call, length) else None
         reason = why_stock(call, inputs)
         max_length = int(found.diff().max())
         if claim is not None and claim[1] == max_length and torch.equal(claim[0].cpu(), found):

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from ..status import Tally
-from .documents import Call, Packing, blocked, hooks_of, why_stock
+from .documents import WHOLE, Call, Packing, Whole, blocked, hooks_of, needs_no_mask, why_stock
 
 PADDING = "fast_padding"
 
@@ -88,8 +88,10 @@ class Unpadded(Packing):
         return self.take(out), weights
 
 
-def find_padding(call: Call, padding: Padding, tally: Tally) -> Unpadded | str | None:
-    """The documents that are left without padding; None if there is none; or why stock must run all the same."""
+def find_padding(call: Call, padding: Padding, tally: Tally) -> Unpadded | Whole | str | None:
+    """The documents that are left without padding, `WHOLE` if there is none; None where stock has to look for itself;
+    or why stock must run although there is some.
+    """
     inputs, mask, position_ids = call.inputs(), call.attention_mask, call.position_ids
     if inputs is None or mask.shape != inputs.shape[:2]:
         return None
@@ -103,7 +105,7 @@ def find_padding(call: Call, padding: Padding, tally: Tally) -> Unpadded | str |
     code = (mask.bool().to(torch.uint8) + 2 * looked_at.to(mask.device, torch.uint8)).cpu()
     real, asked = (code & 1).bool(), code == 2
     if bool(real.all()):
-        return None
+        return WHOLE if needs_no_mask(call, mask.shape[1]) else None
     reason = why_stock(call, inputs) or _why_padded(call, real, asked)
     if reason is not None:
         return reason
