@@ -15,9 +15,13 @@ from torch import Tensor
 from fast_unsloth_patch import reference
 from fast_unsloth_patch.ops.attention import varlen_attention
 from fast_unsloth_patch.ops.down_outer import down_outer
+from fast_unsloth_patch.ops.lora_mlp import swiglu_of
 from fast_unsloth_patch.ops.low_rank import Siblings, down, outer
 from fast_unsloth_patch.ops.rms_norm import residual_rms_norm
 from fast_unsloth_patch.ops.swiglu import swiglu_bwd
+from fast_unsloth_patch.ops.swiglu_down import covers as swiglu_down_covers
+from fast_unsloth_patch.ops.swiglu_down import swiglu_down
+from fast_unsloth_patch.ops.swiglu_outer import covers as swiglu_outer_covers
 from fast_unsloth_patch.ops.swiglu_outer import swiglu_outer
 from fast_unsloth_patch.reference.attention import varlen_attention_ref
 
@@ -110,6 +114,24 @@ def _down_outer(shape: Shape, tokens: int, device: str) -> Bench:
     return Bench((dy, u, *b), impls, {"forward": float(dy.nbytes)})
 
 
+def _swiglu_down(shape: Shape, tokens: int, device: str) -> Bench:
+    """SwiGLU and h A^T of the down projection; "apart": a kernel and a library GEMM, h between them."""
+    gu = _randn(tokens, 2 * shape.intermediate, device=device, grad=False)
+    a = _randn(LORA_RANK, shape.intermediate, device=device, grad=False) * 0.02
+
+    def apart(gu: Tensor, a: Tensor) -> tuple[Tensor, ...]:
+        h = swiglu_of(gu)
+        return h, torch.mm(h, a.t())
+
+    def stock(gu: Tensor, a: Tensor) -> tuple[Tensor, ...]:
+        gate, up = gu.chunk(2, 1)
+        h = F.silu(gate) * up
+        return h, torch.mm(h, a.t())
+
+    impls = {"fast": swiglu_down if swiglu_down_covers(gu, LORA_RANK) else apart, "torch": stock, "apart": apart}
+    return Bench((gu, a), impls, {"forward": 1.5 * gu.nbytes})
+
+
 def _swiglu_outer(shape: Shape, tokens: int, device: str) -> Bench:
     """SwiGLU's backward and dA of the down projection; "apart": a kernel and a library GEMM, h between them."""
     width = shape.intermediate
@@ -129,11 +151,11 @@ def _swiglu_outer(shape: Shape, tokens: int, device: str) -> Bench:
 
     def stock(dh: Tensor, gu: Tensor, du: Tensor) -> tuple[Tensor, ...]:
         gate, up = gu.chunk(2, 1)
-        silu = torch.nn.functional.silu(gate)
+        silu = F.silu(gate)
         dgate = torch.ops.aten.silu_backward(dh * up, gate)
         return torch.cat((dgate, dh * silu), 1), torch.mm(du.t(), silu * up).float()
 
-    impls = {"fast": fast, "torch": stock, "apart": apart}
+    impls = {"fast": fast if swiglu_outer_covers(dh, LORA_RANK) else apart, "torch": stock, "apart": apart}
     return Bench((dh, gu, du), impls, {"forward": float(dh.nbytes + 2 * gu.nbytes)})
 
 
@@ -141,5 +163,6 @@ LAYER_OPS: dict[str, Callable[[Shape, int, str], Bench]] = {
     "packed_attention": _packed_attention,
     "residual_rms_norm": _residual_rms_norm,
     "down_outer": _down_outer,
+    "swiglu_down": _swiglu_down,
     "swiglu_outer": _swiglu_outer,
 }

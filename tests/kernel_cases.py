@@ -21,6 +21,7 @@ import torch
 
 from fast_unsloth_patch import ops, weights
 from fast_unsloth_patch.device import launch as _launch
+from fast_unsloth_patch.ops import swiglu_down, swiglu_outer
 from fast_unsloth_patch.ops._expert_kernels import weighted_swiglu_bwd
 from fast_unsloth_patch.ops.dropout import dropout_bits
 from fast_unsloth_patch.ops.gemm import Update, gemm, gemm_dx, gemm_swiglu
@@ -40,7 +41,6 @@ from fast_unsloth_patch.ops.rms_norm import rms_norm
 from fast_unsloth_patch.ops.rope import rope
 from fast_unsloth_patch.ops.routing import Routing, combine, gather, route
 from fast_unsloth_patch.ops.swiglu import swiglu, swiglu_bwd
-from fast_unsloth_patch.ops.swiglu_outer import swiglu_outer
 from fast_unsloth_patch.weights.gptq import GPTQWeight
 from fast_unsloth_patch.weights.nf4 import Nested, Nf4Weight
 
@@ -212,10 +212,12 @@ def _others(tokens: int, dtype: torch.dtype, hidden: int, intermediate: int, voc
     gate, up = (_meta(tokens, intermediate, dtype=dtype) for _ in range(2))
     swiglu(gate, up).sum().backward()
     swiglu_bwd(gate, gate, up, product=gate)
-    if dtype is not FP32:
-        gu = gate.new_empty(tokens, 2 * intermediate)
-        for slots in (16, 32):
-            swiglu_outer(gate, gu, gu, gate.new_empty(tokens, slots), slots, FP32)
+    gu = gate.new_empty(tokens, 2 * intermediate)
+    for slots in (16, 32):
+        if swiglu_outer.covers(gate, slots):
+            swiglu_outer.swiglu_outer(gate, gu, gu, gate.new_empty(tokens, slots), slots, FP32)
+        if swiglu_down.covers(gu, slots):
+            swiglu_down.swiglu_down(gu, gate.new_empty(slots, intermediate))
     logits, labels = _meta(tokens, vocab, dtype=dtype), _meta(tokens, dtype=torch.int64, grad=False)
     prepare_labels(labels, vocab_size=vocab)
     prepare_labels(labels, labels, vocab_size=vocab)

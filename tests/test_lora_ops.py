@@ -13,7 +13,8 @@ import sys
 import pytest
 import torch
 
-from fast_unsloth_patch.ops import _siblings, _siblings_backward, down_outer, gemm
+from fast_unsloth_patch.ops import _siblings, _siblings_backward, down_outer, gemm, swiglu_down, swiglu_outer
+from fast_unsloth_patch.ops import lora_mlp as mlp
 from fast_unsloth_patch.ops._operands import adapted, factors, flatten, operands
 from fast_unsloth_patch.ops._siblings import draw_masks
 from fast_unsloth_patch.ops.dropout import draw_seed, dropout_bits
@@ -378,20 +379,24 @@ def test_an_input_that_backward_does_not_read_is_not_kept():
 @pytest.mark.parametrize("device", DEVICES)
 def test_through_the_persistent_gemm(device, op, monkeypatch):
     """Where it runs it takes every large product, with the updates: forward, dx, and the MLP's hidden activation. So
-    does the one pass over dy.
+    do the one pass over dy, and those in which SwiGLU leaves what it makes for the adapter of down.
     """
     if device == "cpu" and not INTERPRETED:
         pytest.skip("a GPU's")
     dtype, tokens, n, small = (torch.float32, 6, 64, 32) if INTERPRETED else (torch.bfloat16, 2048, 1024, 256)
     if INTERPRETED:
         monkeypatch.setattr(gemm, "MIN_TOKENS", 1)
-        monkeypatch.setattr(_siblings_backward, "LIBRARY_TOKENS", 1)
+        for module in (_siblings_backward, mlp):
+            monkeypatch.setattr(module, "LIBRARY_TOKENS", 1)
         for name in ("FORWARD", "SWIGLU", "BACKWARD"):
             monkeypatch.setattr(gemm, name, gemm.Tile(16, 32, 16, 2, 4, 2))
     elif torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("of compute capability 9.0")
     called = []
-    for module, name in ((gemm, "gemm"), (gemm, "gemm_swiglu"), (gemm, "gemm_dx"), (down_outer, "down_outer")):
+    for module, name in (
+        (gemm, "gemm"), (gemm, "gemm_swiglu"), (gemm, "gemm_dx"), (down_outer, "down_outer"),
+        (swiglu_down, "swiglu_down"), (swiglu_outer, "swiglu_outer"),
+    ):  # fmt: skip
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, real=real, name=name, **k: (called.append(name), real(*a, **k))[1])
     make = lambda n, k, r=8, **kw: projection(n, k, r, device=device, dtype=dtype, train=False, **kw)  # noqa: E731
@@ -412,7 +417,8 @@ def test_through_the_persistent_gemm(device, op, monkeypatch):
         kept = op == "mlp"
         fast = lambda x, *p: lora_mlp(x, *p, residual=residual, keep=kept)  # noqa: E731
         ref = lambda x, *p: lora_mlp_ref(x, *p) + residual.double()  # noqa: E731
-        expected = ["gemm", "gemm", *["down_outer", "gemm_dx"] * 2] if kept else ["gemm_swiglu", "gemm"]
+        backward = ["down_outer", "gemm_dx", "swiglu_outer", "down_outer", "gemm_dx"]
+        expected = ["gemm", "swiglu_down", "gemm", *backward] if kept else ["gemm_swiglu", "gemm"]
     exact = [in_float64(p) for p in projections]
     tolerance = tolerance_of(dtype, None)
     if op == "mlp, nothing kept":

@@ -32,7 +32,7 @@ from .kept_labels import Kept, prepare_labels
 _CHUNK_BYTES = 512 * 1024 * 1024
 _ROW_STEP = 256
 _BLOCK = 4096
-_NUM_WARPS = 8
+_NUM_WARPS = 16
 # Most probabilities of a large vocabulary are below fp16's normal range (6e-5), so there dlogits carry a power of two,
 # which the fp32 results of the GEMMs lose again.
 _FP16_SCALE = 4096.0

@@ -26,7 +26,7 @@ from torch.autograd import Function
 
 from ..device.dispatch import use_triton
 from ..device.launch import jit, launch, tl
-from . import swiglu_outer
+from . import swiglu_down, swiglu_outer
 from ._autograd import once_differentiable
 from ._low_rank_kernels import dropped, load_factor
 from ._operands import (
@@ -70,7 +70,7 @@ from ._siblings_backward import (
     output_gradients,
     siblings_backward,
 )
-from .low_rank import LIBRARY_TOKENS, expand, precision, rank_slots, widened
+from .low_rank import LIBRARY_TOKENS, Siblings, expand, pack, precision, rank_slots, widened
 
 _MAX_FUSED_SLOTS = 64
 _BLOCK_T, _BLOCK_N = 16, 128
@@ -275,11 +275,16 @@ class LoraMLP(Function):
         del weights  # unpacked ones are large
         masks_down = draw_masks(gu[:, :width], adapted([op_down]), seed, _DOWN_STREAM)
         if need_output:
+            u_down = None
             if h is None:
-                h = _swiglu_forward(gu, low.u if updates_left else None, group)
+                if not updates_left and masks_down is None:
+                    h, u_down = _swiglu_and_u(gu, op_down, dtypes, memos[1])
+                if h is None:
+                    h = _swiglu_forward(gu, low.u if updates_left else None, group)
             y = torch.empty((*x.shape[:-1], op_down.weight.shape[0]), dtype=dtypes.y, device=x.device)
             flat = y.view(x2d.shape[0], y.shape[-1])
-            u_down = project_down(h, [op_down], masks_down, dtypes.low, memos[1]).u
+            if u_down is None:
+                u_down = project_down(h, [op_down], masks_down, dtypes.low, memos[1]).u
             joined = residual is not None and residual.dtype is y.dtype
             linear_forward(h, op_down, u_down, dtypes, flat, residual.view(flat.shape) if joined else None)
             if residual is not None and not joined:
@@ -376,6 +381,22 @@ def is_stand_in(t: torch.Tensor) -> bool:
 
 def _recalled(memo: Memo | None, masks: torch.Tensor | None) -> torch.Tensor | None:
     return None if memo is None or memo.low is None or masks is not None else memo.low[0]
+
+
+def _swiglu_and_u(
+    gu: torch.Tensor, op: Operands, dtypes: Dtypes, memo: Memo | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """h and u of the down projection where one kernel makes both, else (None, None); as `project_down` by ``memo``."""
+    known = memo is not None and memo.low is not None
+    if op.a is None or known or gu.shape[0] < LIBRARY_TOKENS or dtypes.low is not dtypes.base:
+        return None, None
+    if not swiglu_down.covers(gu, rank_slots(op.a.shape[0])):
+        return None, None
+    (packed,) = pack(Siblings((op.a.contiguous(),), (op.scaling,)), dtypes.low)[1]
+    h, u = swiglu_down.swiglu_down(gu, packed)
+    if memo is not None:
+        memo.keep(u, packed)
+    return h, u
 
 
 def _swiglu_and_a(dh, gu, dgu, op: Operands, du, db, dtypes: Dtypes, needs) -> torch.Tensor | None:

@@ -1,0 +1,106 @@
+"""SwiGLU with what it makes for the adapter of the down projection, in one pass each way, against float64: in the
+interpreter (``test_interpreter`` runs this file again) and on a GPU.
+"""
+
+import os
+
+import pytest
+import torch
+from test_grouped_gemm import BF16, FP16, FP32, GPU, INTERPRETED, relative
+
+from fast_unsloth_patch.ops import swiglu_down as forward
+from fast_unsloth_patch.ops import swiglu_outer as backward
+from fast_unsloth_patch.ops.swiglu_down import swiglu_down
+from fast_unsloth_patch.ops.swiglu_outer import swiglu_outer
+
+DEVICES = ["cpu"] if "TRITON_INTERPRET" in os.environ else [pytest.param("cuda", marks=GPU)]
+DTYPES = [FP32, FP16] if INTERPRETED else [BF16, FP16]
+SMALL = [(70, 168, 16, 16), (33, 64, 5, 16), (257, 200, 24, 32)]  # tokens, width, rank, slots
+
+
+def make(device, dtype, *shapes):
+    torch.manual_seed(0)
+    return (torch.randn(shape, device=device).to(dtype) for shape in shapes)
+
+
+def eps(dtype):
+    return torch.finfo(dtype).eps * (8 if dtype is FP32 else 0.5)
+
+
+def parts(gu):
+    """sigmoid(gate), silu(gate), up in float64."""
+    gate, up = gu.double().chunk(2, 1)
+    sig = torch.sigmoid(gate)
+    return sig, gate * sig, up
+
+
+def check_down(gu, packed):
+    """Runs the op; returns u."""
+    _, silu, up = parts(gu)
+    h, u = swiglu_down(gu, packed)
+    assert h.dtype is u.dtype is gu.dtype
+    assert relative(h, silu * up) <= eps(gu.dtype)
+    assert relative(u, h.double() @ packed.double().T) <= eps(gu.dtype)
+    return u
+
+
+def check_outer(dh, gu, out, du, rank):
+    """Runs the op on ``gu`` into ``out``, which may be ``gu``; returns G."""
+    sig, silu, up = parts(gu)
+    grad = dh.double()
+    dgu = torch.cat((grad * up * (sig + silu * (1 - sig)), grad * silu), 1)
+    want = du.double().T @ (silu * up).to(dh.dtype).double()
+    g = swiglu_outer(dh, gu, out, du, rank, FP32)
+    assert relative(out, dgu) <= eps(dh.dtype)
+    # of fp16 operands G is rounded to fp16 once
+    assert g.shape == (rank, dh.shape[1])
+    assert relative(g, want[:rank]) <= (eps(FP16) if dh.dtype is FP16 else 2e-5)
+    return g
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "width", "rank", "slots"), SMALL)
+def test_forward(tokens, width, rank, slots, dtype, device, poisoned_empty):
+    gu, packed = make(device, dtype, (tokens, 2 * width), (slots, width))
+    packed[rank:] = 0
+    assert forward.covers(gu, slots)
+    u = check_down(gu, packed)
+    assert not u[:, rank:].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(("tokens", "width", "rank", "slots"), SMALL)
+def test_backward(tokens, width, rank, slots, splits, dtype, device, poisoned_empty, monkeypatch):
+    dh, gu, du = make(device, dtype, (tokens, width), (tokens, 2 * width), (tokens, slots))
+    du[:, rank:] = 0
+    assert backward.covers(dh, slots)
+    blocks = -(-tokens // 16)
+    monkeypatch.setattr(backward, "split_rows", lambda *_: -(-blocks // splits) * 16)
+    check_outer(dh, gu, torch.empty_like(gu), du, rank)
+    check_outer(dh, gu, gu, du, rank)
+
+
+@GPU
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_model_sizes(dtype):
+    dh, gu, du, packed = make("cuda", dtype, (8192, 14336), (8192, 28672), (8192, 16), (16, 14336))
+    packed *= 0.02
+    assert torch.equal(check_down(gu, packed), swiglu_down(gu, packed)[1])
+    g = check_outer(dh, gu, torch.empty_like(gu), du, 16)
+    assert torch.equal(g, swiglu_outer(dh, gu, torch.empty_like(gu), du, 16, FP32))
+
+
+def test_what_is_not_covered():
+    for module in (forward, backward):
+        assert not module.covers(torch.zeros(4, 64, dtype=torch.float64), 16)
+        assert not module.covers(torch.zeros(0, 64), 16)
+        assert not module.covers(torch.zeros(4, 64), 64)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the run it starts")
+def test_interpreter(run_python):
+    done = run_python(None, env={"TRITON_INTERPRET": "1"}, args=("-m", "pytest", "-q", "-x", "-m", "not gpu", __file__))
+    assert done.returncode == 0, done.stdout + done.stderr
