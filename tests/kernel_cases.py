@@ -218,6 +218,7 @@ def _others(tokens: int, dtype: torch.dtype, hidden: int, intermediate: int, voc
             swiglu_outer.swiglu_outer(gate, gu, gu, gate.new_empty(tokens, slots), slots, FP32)
         if swiglu_down.covers(gu, slots):
             swiglu_down.swiglu_down(gu, gate.new_empty(slots, intermediate))
+            swiglu_down.hidden_down(gate, gate.new_empty(slots, intermediate))
     logits, labels = _meta(tokens, vocab, dtype=dtype), _meta(tokens, dtype=torch.int64, grad=False)
     prepare_labels(labels, vocab_size=vocab)
     prepare_labels(labels, labels, vocab_size=vocab)

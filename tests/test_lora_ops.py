@@ -395,7 +395,7 @@ def test_through_the_persistent_gemm(device, op, monkeypatch):
     called = []
     for module, name in (
         (gemm, "gemm"), (gemm, "gemm_swiglu"), (gemm, "gemm_dx"), (down_outer, "down_outer"),
-        (swiglu_down, "swiglu_down"), (swiglu_outer, "swiglu_outer"),
+        (swiglu_down, "swiglu_down"), (swiglu_down, "hidden_down"), (swiglu_outer, "swiglu_outer"),
     ):  # fmt: skip
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, real=real, name=name, **k: (called.append(name), real(*a, **k))[1])
@@ -418,7 +418,7 @@ def test_through_the_persistent_gemm(device, op, monkeypatch):
         fast = lambda x, *p: lora_mlp(x, *p, residual=residual, keep=kept)  # noqa: E731
         ref = lambda x, *p: lora_mlp_ref(x, *p) + residual.double()  # noqa: E731
         backward = ["down_outer", "gemm_dx", "swiglu_outer", "down_outer", "gemm_dx"]
-        expected = ["gemm", "swiglu_down", "gemm", *backward] if kept else ["gemm_swiglu", "gemm"]
+        expected = ["gemm", "swiglu_down", "gemm", *backward] if kept else ["gemm_swiglu", "hidden_down", "gemm"]
     exact = [in_float64(p) for p in projections]
     tolerance = tolerance_of(dtype, None)
     if op == "mlp, nothing kept":

@@ -10,7 +10,7 @@ from test_grouped_gemm import BF16, FP16, FP32, GPU, INTERPRETED, relative
 
 from fast_unsloth_patch.ops import swiglu_down as forward
 from fast_unsloth_patch.ops import swiglu_outer as backward
-from fast_unsloth_patch.ops.swiglu_down import swiglu_down
+from fast_unsloth_patch.ops.swiglu_down import hidden_down, swiglu_down
 from fast_unsloth_patch.ops.swiglu_outer import swiglu_outer
 
 DEVICES = ["cpu"] if "TRITON_INTERPRET" in os.environ else [pytest.param("cuda", marks=GPU)]
@@ -38,6 +38,7 @@ def check_down(gu, packed):
     """Runs the op; returns u."""
     _, silu, up = parts(gu)
     h, u = swiglu_down(gu, packed)
+    assert torch.equal(hidden_down(h, packed), u), "a layer is kept or recomputed with the same bits"
     assert h.dtype is u.dtype is gu.dtype
     assert relative(h, silu * up) <= eps(gu.dtype)
     assert relative(u, h.double() @ packed.double().T) <= eps(gu.dtype)

@@ -276,11 +276,10 @@ class LoraMLP(Function):
         masks_down = draw_masks(gu[:, :width], adapted([op_down]), seed, _DOWN_STREAM)
         if need_output:
             u_down = None
+            if masks_down is None and not updates_left:
+                h, u_down = _hidden_and_u(gu, h, op_down, dtypes, memos[1])
             if h is None:
-                if not updates_left and masks_down is None:
-                    h, u_down = _swiglu_and_u(gu, op_down, dtypes, memos[1])
-                if h is None:
-                    h = _swiglu_forward(gu, low.u if updates_left else None, group)
+                h = _swiglu_forward(gu, low.u if updates_left else None, group)
             y = torch.empty((*x.shape[:-1], op_down.weight.shape[0]), dtype=dtypes.y, device=x.device)
             flat = y.view(x2d.shape[0], y.shape[-1])
             if u_down is None:
@@ -383,17 +382,22 @@ def _recalled(memo: Memo | None, masks: torch.Tensor | None) -> torch.Tensor | N
     return None if memo is None or memo.low is None or masks is not None else memo.low[0]
 
 
-def _swiglu_and_u(
-    gu: torch.Tensor, op: Operands, dtypes: Dtypes, memo: Memo | None
+def _hidden_and_u(
+    gu: torch.Tensor, h: torch.Tensor | None, op: Operands, dtypes: Dtypes, memo: Memo | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """h and u of the down projection where one kernel makes both, else (None, None); as `project_down` by ``memo``."""
+    """h, unless it is known, and u of the down projection, where one kernel makes both; else h as it is and None.
+    ``memo`` as in `project_down`.
+    """
     known = memo is not None and memo.low is not None
     if op.a is None or known or gu.shape[0] < LIBRARY_TOKENS or dtypes.low is not dtypes.base:
-        return None, None
-    if not swiglu_down.covers(gu, rank_slots(op.a.shape[0])):
-        return None, None
+        return h, None
+    if not swiglu_down.covers(gu if h is None else h, rank_slots(op.a.shape[0])):
+        return h, None
     (packed,) = pack(Siblings((op.a.contiguous(),), (op.scaling,)), dtypes.low)[1]
-    h, u = swiglu_down.swiglu_down(gu, packed)
+    if h is None:
+        h, u = swiglu_down.swiglu_down(gu, packed)
+    else:
+        u = swiglu_down.hidden_down(h, packed)
     if memo is not None:
         memo.keep(u, packed)
     return h, u

@@ -21,38 +21,44 @@ _INTERPRETED = Config((16, 64))
 
 
 @jit
-def _tiles(gu_row, a_ptr, n, at_gu, at_a, cols, row_mask, N: tl.constexpr):
-    # gate, up and A of the columns from n on.
+def _tiles(x_row, a_ptr, n, at_x, at_a, cols, row_mask, N: tl.constexpr, GATED: tl.constexpr):
+    # gate and up (or h, twice) and A of the columns from n on.
     col_mask = n + cols < N
     mask = row_mask[:, None] & col_mask[None, :]
-    gate = tl.load(gu_row + n + at_gu, mask=mask, other=0.0)
-    up = tl.load(gu_row + N + n + at_gu, mask=mask, other=0.0)
+    x = tl.load(x_row + n + at_x, mask=mask, other=0.0)
+    up = x
+    if GATED:
+        up = tl.load(x_row + N + n + at_x, mask=mask, other=0.0)
     a = tl.load(a_ptr + n + at_a, mask=col_mask[None, :], other=0.0)
-    return gate, up, a
+    return x, up, a
 
 
 @jit(do_not_specialize=["T"])
 def swiglu_down_kernel(
-    gu_ptr, a_ptr, h_ptr, u_ptr, T,
-    N: tl.constexpr, SLOTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    x_ptr, a_ptr, h_ptr, u_ptr, T,
+    N: tl.constexpr, GATED: tl.constexpr, SLOTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    # From gate and up side by side, of which h is made and written, or from h itself.
+    STRIDE: tl.constexpr = 2 * N if GATED else N
     first = tl.program_id(0).to(tl.int64) * BLOCK_T
     lanes, cols, slots = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_N), tl.arange(0, SLOTS)
     row_mask = first + lanes < T
-    at_gu = lanes[:, None] * (2 * N) + cols[None, :]
+    at_x = lanes[:, None] * STRIDE + cols[None, :]
     at_h = lanes[:, None] * N + cols[None, :]
     at_a = slots[:, None] * N + cols[None, :]
-    gu_row, h_row = gu_ptr + first * (2 * N), h_ptr + first * N
+    x_row, h_row = x_ptr + first * STRIDE, h_ptr + first * N
     u = tl.zeros([BLOCK_T, SLOTS], tl.float32)
-    gate, up, a = _tiles(gu_row, a_ptr, 0, at_gu, at_a, cols, row_mask, N)
+    x, up, a = _tiles(x_row, a_ptr, 0, at_x, at_a, cols, row_mask, N, GATED)
     for n in tl.range(0, N, BLOCK_N):
         # Asked for before these are used.
-        next_gate, next_up, next_a = _tiles(gu_row, a_ptr, n + BLOCK_N, at_gu, at_a, cols, row_mask, N)
-        x = gate.to(tl.float32)
-        h = (x * tl.sigmoid(x) * up.to(tl.float32)).to(h_ptr.dtype.element_ty)
-        tl.store(h_row + n + at_h, h, mask=row_mask[:, None] & (n + cols < N)[None, :])
+        next_x, next_up, next_a = _tiles(x_row, a_ptr, n + BLOCK_N, at_x, at_a, cols, row_mask, N, GATED)
+        h = x
+        if GATED:
+            gate = x.to(tl.float32)
+            h = (gate * tl.sigmoid(gate) * up.to(tl.float32)).to(h_ptr.dtype.element_ty)
+            tl.store(h_row + n + at_h, h, mask=row_mask[:, None] & (n + cols < N)[None, :])
         u = tl.dot(h, tl.trans(a), u, input_precision="ieee")
-        gate, up, a = next_gate, next_up, next_a
+        x, up, a = next_x, next_up, next_a
     u_at = u_ptr + first * SLOTS + lanes[:, None] * SLOTS + slots[None, :]
     tl.store(u_at, u.to(u_ptr.dtype.element_ty), mask=row_mask[:, None])
 
@@ -63,11 +69,11 @@ def _config(slots: int, limits: Limits) -> Config | None:
     return next((c for c in BLOCKS.get(slots, ()) if c.min_capability <= limits.capability), None)
 
 
-def covers(gu: Tensor, slots: int) -> bool:
-    """Whether there is a kernel for this: else SwiGLU and the product with h are to be called."""
-    if not use_triton(gu) or gu.dtype not in DTYPES or not gu.numel():
+def covers(x: Tensor, slots: int) -> bool:
+    """Whether there is a kernel for this (x is gate and up, or h): else SwiGLU and the product are to be called."""
+    if not use_triton(x) or x.dtype not in DTYPES or not x.numel():
         return False
-    return _config(slots, device_limits(gu.get_device())) is not None
+    return _config(slots, device_limits(x.get_device())) is not None
 
 
 def swiglu_down(gu: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,10 +87,23 @@ def swiglu_down(gu: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         h [T, N] and u [T, slots] in gu's dtype. u is of the rounded h, its sums are fp32.
     """
-    tokens, (slots, width) = gu.shape[0], packed.shape
-    config = _config(slots, device_limits(gu.get_device()))
+    h = gu.new_empty((gu.shape[0], packed.shape[1]))
+    return h, _run(gu, packed, h)
+
+
+def hidden_down(h: Tensor, packed: Tensor) -> Tensor:
+    """The u of `swiglu_down`, to the bit, of an h [T, N] contiguous that is there already.
+
+    So a layer whose gate and up are kept trains as one that is recomputed, where h comes from a product's epilogue.
+    """
+    return _run(h, packed, None)
+
+
+def _run(x: Tensor, packed: Tensor, h: Tensor | None) -> Tensor:
+    tokens, (slots, width) = x.shape[0], packed.shape
+    config = _config(slots, device_limits(x.get_device()))
     (block_t, block_n), num_warps, num_stages, _, _ = config  # type: ignore[misc]
-    h, u = gu.new_empty((tokens, width)), gu.new_empty((tokens, slots))
-    args, consts = (gu, packed, h, u, tokens), (width, slots, block_t, block_n)
+    u = x.new_empty((tokens, slots))
+    args, consts = (x, packed, x if h is None else h, u, tokens), (width, h is not None, slots, block_t, block_n)
     launch(swiglu_down_kernel, (-(-tokens // block_t),), args, consts, num_warps=num_warps, num_stages=num_stages)
-    return h, u
+    return u
