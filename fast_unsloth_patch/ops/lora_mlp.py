@@ -7,7 +7,8 @@ and up are kept by nobody. With library GEMMs the SwiGLU kernels, which are boun
 r-wide ``u`` in registers, so that LoRA on gate and up costs no pass over the intermediate, and the backward kernel does
 the same for the update of ``dY W_down``. That kernel overwrites gate and up with their gradients (only where no second
 backward can come) and leaves the hidden activation in dh's place: nothing of the intermediate's size is allocated but
-dh.
+dh. Where there is no update to add, SwiGLU makes on the way what the adapter of ``down`` takes of the hidden
+activation: ``h A^T`` forward (`swiglu_down`), dA backward (`swiglu_outer`).
 
 In the recompute of a checkpointed layer whose output nobody reads (``need_output=False``) the forward stops before
 SwiGLU: the hidden activation is formed in backward anyway, and u of ``down`` comes from the forward by ``memos``, or
