@@ -16,7 +16,7 @@ import torch
 from fast_unsloth_patch.ops import _siblings, _siblings_backward, down_outer, gemm, swiglu_down, swiglu_outer
 from fast_unsloth_patch.ops import lora_mlp as mlp
 from fast_unsloth_patch.ops._operands import adapted, factors, flatten, operands
-from fast_unsloth_patch.ops._siblings import draw_masks
+from fast_unsloth_patch.ops._siblings import Memo, draw_masks
 from fast_unsloth_patch.ops.dropout import draw_seed, dropout_bits
 from fast_unsloth_patch.ops.lora_linear import Adapter, Projection, lora_linear
 from fast_unsloth_patch.ops.lora_mlp import lora_mlp
@@ -375,30 +375,44 @@ def test_an_input_that_backward_does_not_read_is_not_kept():
     assert y.grad_fn.saved_tensors[0] is None and y_adapted.grad_fn.saved_tensors[0] is not None
 
 
+def with_the_kernels_of_large_products(monkeypatch, device):
+    """Settings with which they run: dtype, tokens, and two widths. Small ones in the interpreter."""
+    if device == "cpu" and not INTERPRETED:
+        pytest.skip("a GPU's")
+    if not INTERPRETED:
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("of compute capability 9.0")
+        return torch.bfloat16, 2048, 1024, 256
+    monkeypatch.setattr(gemm, "MIN_TOKENS", 1)
+    for module in (_siblings_backward, mlp):
+        monkeypatch.setattr(module, "LIBRARY_TOKENS", 1)
+    for name in ("FORWARD", "SWIGLU", "BACKWARD"):
+        monkeypatch.setattr(gemm, name, gemm.Tile(16, 32, 16, 2, 4, 2))
+    return torch.float32, 6, 64, 32
+
+
+def calls_of(monkeypatch, *functions):
+    """The names of these functions, (module, name) each, in the order in which they are called."""
+    called = []
+    for module, name in functions:
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, real=real, name=name, **k: (called.append(name), real(*a, **k))[1])
+    return called
+
+
+OF_SWIGLU = (swiglu_down, "swiglu_down"), (swiglu_down, "hidden_down"), (swiglu_outer, "swiglu_outer")
+
+
 @pytest.mark.parametrize("op", ["linear", "qkv", "mlp", "mlp, nothing kept"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_through_the_persistent_gemm(device, op, monkeypatch):
     """Where it runs it takes every large product, with the updates: forward, dx, and the MLP's hidden activation. So
     do the one pass over dy, and those in which SwiGLU leaves what it makes for the adapter of down.
     """
-    if device == "cpu" and not INTERPRETED:
-        pytest.skip("a GPU's")
-    dtype, tokens, n, small = (torch.float32, 6, 64, 32) if INTERPRETED else (torch.bfloat16, 2048, 1024, 256)
-    if INTERPRETED:
-        monkeypatch.setattr(gemm, "MIN_TOKENS", 1)
-        for module in (_siblings_backward, mlp):
-            monkeypatch.setattr(module, "LIBRARY_TOKENS", 1)
-        for name in ("FORWARD", "SWIGLU", "BACKWARD"):
-            monkeypatch.setattr(gemm, name, gemm.Tile(16, 32, 16, 2, 4, 2))
-    elif torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("of compute capability 9.0")
-    called = []
-    for module, name in (
-        (gemm, "gemm"), (gemm, "gemm_swiglu"), (gemm, "gemm_dx"), (down_outer, "down_outer"),
-        (swiglu_down, "swiglu_down"), (swiglu_down, "hidden_down"), (swiglu_outer, "swiglu_outer"),
-    ):  # fmt: skip
-        real = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, real=real, name=name, **k: (called.append(name), real(*a, **k))[1])
+    dtype, tokens, n, small = with_the_kernels_of_large_products(monkeypatch, device)
+    called = calls_of(
+        monkeypatch, (gemm, "gemm"), (gemm, "gemm_swiglu"), (gemm, "gemm_dx"), (down_outer, "down_outer"), *OF_SWIGLU
+    )
     make = lambda n, k, r=8, **kw: projection(n, k, r, device=device, dtype=dtype, train=False, **kw)  # noqa: E731
     x = tensor(2, tokens // 2, n, device=device, dtype=dtype)
     x64 = x.detach().double().requires_grad_()
@@ -427,6 +441,53 @@ def test_through_the_persistent_gemm(device, op, monkeypatch):
     else:
         run(fast, ref, x, projections, x64, exact, tolerance)
     assert called == expected
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("adapters", [(8, 8, 8), (0, 0, 8), (8, 8, 0)])
+@pytest.mark.parametrize("trains", [False, True])
+def test_what_swiglu_makes_for_the_adapter_of_down(device, adapters, trains, monkeypatch):
+    """h A^T in the forward, dA in the backward, unless the weight of down trains, whose gradient needs h itself."""
+    dtype, tokens, n, _ = with_the_kernels_of_large_products(monkeypatch, device)
+    called = calls_of(monkeypatch, *OF_SWIGLU)
+    group = [
+        projection(*size, rank, device=device, dtype=dtype, train=trains and size == (n, 2 * n))
+        for size, rank in zip(((2 * n, n), (2 * n, n), (n, 2 * n)), adapters, strict=True)
+    ]
+    x = tensor(2, tokens // 2, n, device=device, dtype=dtype)
+    exact = x.detach().double().requires_grad_(), [in_float64(p) for p in group]
+    run(lora_mlp, lora_mlp_ref, x, group, *exact, 2 * tolerance_of(dtype, None))
+    assert called == (["swiglu_down", *([] if trains else ["swiglu_outer"])] if adapters[2] else [])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_u_of_down_in_a_recompute(device, monkeypatch):
+    """It comes from the forward, or without a memo from h, which then has to be there; the gradients are the same."""
+    dtype, tokens, n, _ = with_the_kernels_of_large_products(monkeypatch, device)
+    group = [
+        projection(*size, 8, device=device, dtype=dtype, train=False) for size in ((2 * n, n), (2 * n, n), (n, 2 * n))
+    ]
+    x = tensor(2, tokens // 2, n, device=device, dtype=dtype)
+    seed = torch.randn_like(x)
+    lows = []
+    memos = (None, Memo(None, lambda *low: lows.append(low)))
+
+    def gradients(**kwargs):
+        y = lora_mlp(x, *group, **kwargs)
+        return y, torch.autograd.grad(y, [x, *leaves(*group)], seed)
+
+    y, wanted = gradients(memos=memos)
+    for keep in (True, False):
+        with torch.no_grad():
+            assert torch.equal(lora_mlp(x, *group, memos=memos, keep=keep), y)
+    assert len(lows) == 3 and all(torch.equal(u, lows[0][0]) for u, _ in lows), "kept or not, the same bits"
+    called = calls_of(monkeypatch, *OF_SWIGLU)
+    again, known = gradients(memos=(None, Memo(lows[0], None)))
+    assert torch.equal(again, y) and all(map(torch.equal, known, wanted)) and called == ["swiglu_outer"]
+    check(gradients(need_output=False)[1], wanted, tolerance_of(dtype, None))
+    assert called == ["swiglu_outer"], "dB needs u, u needs h"
+    known = gradients(need_output=False, memos=(None, Memo(lows[0], None)))[1]
+    assert all(map(torch.equal, known, wanted)) and called == ["swiglu_outer"] * 2
 
 
 @pytest.mark.parametrize("tokens", [64, 2048])

@@ -84,6 +84,13 @@ def test_backward(tokens, width, rank, slots, splits, dtype, device, poisoned_em
     check_outer(dh, gu, gu, du, rank)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_gradient_that_overflows_fp16_is_infinite(device):
+    """As stock's product in fp16 would be: a loss scaler must find it."""
+    dh, gu, du = (torch.full((64, n), 200.0, device=device, dtype=FP16) for n in (64, 128, 16))
+    assert swiglu_outer(dh, gu, torch.empty_like(gu), du, 16, FP32).isinf().all()
+
+
 @GPU
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_model_sizes(dtype):

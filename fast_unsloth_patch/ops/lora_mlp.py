@@ -270,7 +270,8 @@ class LoraMLP(Function):
         h = None if keep or not need_output else swiglu_forward(x2d, group, weights, low, dtypes)
         if h is None:
             gu = torch.empty((x2d.shape[0], 2 * width), dtype=dtypes.base, device=x.device)
-            updates_left = not siblings_forward(x2d, group, weights, low, gu, dtypes, updates_later=_fused(gu, group))
+            done = siblings_forward(x2d, group, weights, low, gu, dtypes, updates_later=_fused(gu, group))
+            updates_left = low.u is not None and not done
         else:
             gu, updates_left = stand_in(x2d, x2d.shape[0], 2 * width, dtypes.base), False
         del weights  # unpacked ones are large
