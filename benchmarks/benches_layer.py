@@ -19,10 +19,7 @@ from fast_unsloth_patch.ops.lora_mlp import swiglu_of
 from fast_unsloth_patch.ops.low_rank import Siblings, down, outer
 from fast_unsloth_patch.ops.rms_norm import residual_rms_norm
 from fast_unsloth_patch.ops.swiglu import swiglu_bwd
-from fast_unsloth_patch.ops.swiglu_down import covers as swiglu_down_covers
-from fast_unsloth_patch.ops.swiglu_down import swiglu_down
-from fast_unsloth_patch.ops.swiglu_outer import covers as swiglu_outer_covers
-from fast_unsloth_patch.ops.swiglu_outer import swiglu_outer
+from fast_unsloth_patch.ops.swiglu_low_rank import covers, swiglu_down, swiglu_outer
 from fast_unsloth_patch.reference.attention import varlen_attention_ref
 
 DOCUMENTS = 16
@@ -128,7 +125,7 @@ def _swiglu_down(shape: Shape, tokens: int, device: str) -> Bench:
         h = F.silu(gate) * up
         return h, torch.mm(h, a.t())
 
-    impls = {"fast": swiglu_down if swiglu_down_covers(gu, LORA_RANK) else apart, "torch": stock, "apart": apart}
+    impls = {"fast": swiglu_down if covers(gu, LORA_RANK) else apart, "torch": stock, "apart": apart}
     return Bench((gu, a), impls, {"forward": 1.5 * gu.nbytes})
 
 
@@ -155,7 +152,7 @@ def _swiglu_outer(shape: Shape, tokens: int, device: str) -> Bench:
         dgate = torch.ops.aten.silu_backward(dh * up, gate)
         return torch.cat((dgate, dh * silu), 1), torch.mm(du.t(), silu * up).float()
 
-    impls = {"fast": fast if swiglu_outer_covers(dh, LORA_RANK) else apart, "torch": stock, "apart": apart}
+    impls = {"fast": fast if covers(dh, LORA_RANK) else apart, "torch": stock, "apart": apart}
     return Bench((dh, gu, du), impls, {"forward": float(dh.nbytes + 2 * gu.nbytes)})
 
 

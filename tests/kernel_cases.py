@@ -21,7 +21,7 @@ import torch
 
 from fast_unsloth_patch import ops, weights
 from fast_unsloth_patch.device import launch as _launch
-from fast_unsloth_patch.ops import swiglu_down, swiglu_outer
+from fast_unsloth_patch.ops import swiglu_low_rank
 from fast_unsloth_patch.ops._expert_kernels import weighted_swiglu_bwd
 from fast_unsloth_patch.ops.dropout import dropout_bits
 from fast_unsloth_patch.ops.gemm import Update, gemm, gemm_dx, gemm_swiglu
@@ -214,11 +214,11 @@ def _others(tokens: int, dtype: torch.dtype, hidden: int, intermediate: int, voc
     swiglu_bwd(gate, gate, up, product=gate)
     gu = gate.new_empty(tokens, 2 * intermediate)
     for slots in (16, 32):
-        if swiglu_outer.covers(gate, slots):
-            swiglu_outer.swiglu_outer(gate, gu, gu, gate.new_empty(tokens, slots), slots, FP32)
-        if swiglu_down.covers(gu, slots):
-            swiglu_down.swiglu_down(gu, gate.new_empty(slots, intermediate))
-            swiglu_down.hidden_down(gate, gate.new_empty(slots, intermediate))
+        if swiglu_low_rank.covers(gu, slots):
+            packed = gate.new_empty(slots, intermediate)
+            swiglu_low_rank.swiglu_down(gu, packed)
+            swiglu_low_rank.hidden_down(gate, packed)
+            swiglu_low_rank.swiglu_outer(gate, gu, gu, gate.new_empty(tokens, slots), slots, FP32)
     logits, labels = _meta(tokens, vocab, dtype=dtype), _meta(tokens, dtype=torch.int64, grad=False)
     prepare_labels(labels, vocab_size=vocab)
     prepare_labels(labels, labels, vocab_size=vocab)

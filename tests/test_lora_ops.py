@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from fast_unsloth_patch.ops import _siblings, _siblings_backward, down_outer, gemm, swiglu_down, swiglu_outer
+from fast_unsloth_patch.ops import _siblings, _siblings_backward, down_outer, gemm, swiglu_low_rank
 from fast_unsloth_patch.ops import lora_mlp as mlp
 from fast_unsloth_patch.ops._operands import adapted, factors, flatten, operands
 from fast_unsloth_patch.ops._siblings import Memo, draw_masks
@@ -400,7 +400,7 @@ def calls_of(monkeypatch, *functions):
     return called
 
 
-OF_SWIGLU = (swiglu_down, "swiglu_down"), (swiglu_down, "hidden_down"), (swiglu_outer, "swiglu_outer")
+OF_SWIGLU = tuple((swiglu_low_rank, name) for name in ("swiglu_down", "hidden_down", "swiglu_outer"))
 
 
 @pytest.mark.parametrize("op", ["linear", "qkv", "mlp", "mlp, nothing kept"])

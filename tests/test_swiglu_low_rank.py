@@ -8,10 +8,8 @@ import pytest
 import torch
 from test_grouped_gemm import BF16, FP16, FP32, GPU, INTERPRETED, relative
 
-from fast_unsloth_patch.ops import swiglu_down as forward
-from fast_unsloth_patch.ops import swiglu_outer as backward
-from fast_unsloth_patch.ops.swiglu_down import hidden_down, swiglu_down
-from fast_unsloth_patch.ops.swiglu_outer import swiglu_outer
+from fast_unsloth_patch.ops import swiglu_low_rank
+from fast_unsloth_patch.ops.swiglu_low_rank import covers, hidden_down, swiglu_down, swiglu_outer
 
 DEVICES = ["cpu"] if "TRITON_INTERPRET" in os.environ else [pytest.param("cuda", marks=GPU)]
 DTYPES = [FP32, FP16] if INTERPRETED else [BF16, FP16]
@@ -65,7 +63,7 @@ def check_outer(dh, gu, out, du, rank):
 def test_forward(tokens, width, rank, slots, dtype, device, poisoned_empty):
     gu, packed = make(device, dtype, (tokens, 2 * width), (slots, width))
     packed[rank:] = 0
-    assert forward.covers(gu, slots)
+    assert covers(gu, slots)
     u = check_down(gu, packed)
     assert not u[:, rank:].any()
 
@@ -77,9 +75,9 @@ def test_forward(tokens, width, rank, slots, dtype, device, poisoned_empty):
 def test_backward(tokens, width, rank, slots, splits, dtype, device, poisoned_empty, monkeypatch):
     dh, gu, du = make(device, dtype, (tokens, width), (tokens, 2 * width), (tokens, slots))
     du[:, rank:] = 0
-    assert backward.covers(dh, slots)
+    assert covers(dh, slots)
     blocks = -(-tokens // 16)
-    monkeypatch.setattr(backward, "split_rows", lambda *_: -(-blocks // splits) * 16)
+    monkeypatch.setattr(swiglu_low_rank, "split_rows", lambda *_: -(-blocks // splits) * 16)
     check_outer(dh, gu, torch.empty_like(gu), du, rank)
     check_outer(dh, gu, gu, du, rank)
 
@@ -102,10 +100,9 @@ def test_model_sizes(dtype):
 
 
 def test_what_is_not_covered():
-    for module in (forward, backward):
-        assert not module.covers(torch.zeros(4, 64, dtype=torch.float64), 16)
-        assert not module.covers(torch.zeros(0, 64), 16)
-        assert not module.covers(torch.zeros(4, 64), 64)
+    assert not covers(torch.zeros(4, 64, dtype=torch.float64), 16)
+    assert not covers(torch.zeros(0, 64), 16)
+    assert not covers(torch.zeros(4, 64), 64)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the run it starts")

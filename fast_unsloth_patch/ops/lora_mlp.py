@@ -8,7 +8,7 @@ r-wide ``u`` in registers, so that LoRA on gate and up costs no pass over the in
 the same for the update of ``dY W_down``. That kernel overwrites gate and up with their gradients (only where no second
 backward can come) and leaves the hidden activation in dh's place: nothing of the intermediate's size is allocated but
 dh. Where there is no update to add, SwiGLU makes on the way what the adapter of ``down`` takes of the hidden
-activation: ``h A^T`` forward (`swiglu_down`), dA backward (`swiglu_outer`).
+activation: ``h A^T`` forward, dA backward (`swiglu_low_rank`).
 
 In the recompute of a checkpointed layer whose output nobody reads (``need_output=False``) the forward stops before
 SwiGLU: the hidden activation is formed in backward anyway, and u of ``down`` comes from the forward by ``memos``, or
@@ -27,7 +27,7 @@ from torch.autograd import Function
 
 from ..device.dispatch import use_triton
 from ..device.launch import jit, launch, tl
-from . import swiglu_down, swiglu_outer
+from . import swiglu_low_rank
 from ._autograd import once_differentiable
 from ._low_rank_kernels import dropped, load_factor
 from ._operands import (
@@ -393,13 +393,13 @@ def _hidden_and_u(
     known = memo is not None and memo.low is not None
     if op.a is None or known or gu.shape[0] < LIBRARY_TOKENS or dtypes.low is not dtypes.base:
         return h, None
-    if not swiglu_down.covers(gu if h is None else h, rank_slots(op.a.shape[0])):
+    if not swiglu_low_rank.covers(gu if h is None else h, rank_slots(op.a.shape[0])):
         return h, None
     (packed,) = pack(Siblings((op.a.contiguous(),), (op.scaling,)), dtypes.low)[1]
     if h is None:
-        h, u = swiglu_down.swiglu_down(gu, packed)
+        h, u = swiglu_low_rank.swiglu_down(gu, packed)
     else:
-        u = swiglu_down.hidden_down(h, packed)
+        u = swiglu_low_rank.hidden_down(h, packed)
     if memo is not None:
         memo.keep(u, packed)
     return h, u
@@ -412,9 +412,9 @@ def _swiglu_and_a(dh, gu, dgu, op: Operands, du, db, dtypes: Dtypes, needs) -> t
     need_weight, _, need_a, need_b, _ = needs
     if not need_a or need_weight or (need_b and db is None) or dtypes.low is not dtypes.base:
         return None
-    if dh.shape[0] < LIBRARY_TOKENS or not swiglu_outer.covers(dh, du.shape[1]):
+    if dh.shape[0] < LIBRARY_TOKENS or not swiglu_low_rank.covers(dh, du.shape[1]):
         return None
-    return swiglu_outer.swiglu_outer(dh, gu, dgu, du, op.a.shape[0], op.a.dtype)  # type: ignore[union-attr]
+    return swiglu_low_rank.swiglu_outer(dh, gu, dgu, du, op.a.shape[0], op.a.dtype)  # type: ignore[union-attr]
 
 
 def _down_backward(dy, h, op: Operands, du, da, db, masks, dtypes: Dtypes, needs) -> OperandGrads:
